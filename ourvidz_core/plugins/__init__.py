@@ -1,0 +1,1 @@
+"""Hooks, and how installed plugins are found, checked and asked."""

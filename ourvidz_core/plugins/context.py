@@ -1,0 +1,69 @@
+"""What a hook may use while it works on one job: files, models, settings, progress, time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from ourvidz_core.wire.artifacts import Artifact
+from ourvidz_core.wire.commands import Command
+
+Model = TypeVar("Model")
+Section = TypeVar("Section")
+
+
+class Models(Protocol):
+    """Warm models, kept from job to job within a memory budget."""
+
+    def get(self, key: str, load: Callable[[], Model], *, vram_gb: float = 0.0) -> Model:
+        """The model kept under ``key``, loaded now with ``load`` if it is not there.
+
+        ``vram_gb`` is what the model takes on the device; others leave, least recently
+        used first, until it fits. A ``load`` that raises leaves nothing behind.
+        """
+        ...
+
+    def drop(self, key: str) -> None:
+        """Forget a model that is broken or too large, and free its memory."""
+        ...
+
+
+class JobContext(Protocol):
+    """Given to the hooks that run in the engine, one for each job."""
+
+    #: The job's own directory, empty at first and removed at the end.
+    work_dir: Path
+    models: Models
+    #: ``cuda`` or ``cpu``.
+    device: str
+
+    def settings(self, section: type[Section]) -> Section:
+        """The plugin's own settings: see :func:`ourvidz_core.settings.load_section`."""
+        ...
+
+    def output_path(self, extension: str) -> Path:
+        """A new path in the work directory for the next artifact, such as ``output_0.png``."""
+        ...
+
+    def progress(self, step: int, total: int, *, stage: str = "generate") -> None:
+        """Say that ``step`` of ``total`` is done. Cheap enough for every sampling step.
+
+        :raises JobCancelled: the job shall stop.
+        :raises JobTimeout: its deadline has passed.
+        """
+        ...
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the job's deadline; at most 0 once it has passed."""
+        ...
+
+    def run(self, command: Command) -> tuple[Artifact, ...]:
+        """Run ``command`` in its own process group and collect its outputs.
+
+        :raises CommandFailed: it ended with a non-zero status; carries the end of stderr.
+        :raises JobTimeout: it was still running at the deadline; its whole group was killed.
+        :raises ArtifactError: an output is missing or empty.
+        """
+        ...

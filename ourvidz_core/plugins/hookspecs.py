@@ -1,0 +1,118 @@
+"""The hooks, in the order a job meets them.
+
+A plugin that registers job types is their *owner*: ``parse_job`` to ``choose_bucket``
+are asked of the owner of the job's type and of nobody else, so no plugin needs to
+look at ``job.job_type`` first. A plugin that registers none is an *extension*: its
+hook wrappers, ``enrich_metadata`` and ``handle_event`` apply to every job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pluggy
+
+from ourvidz_core.plugins.context import JobContext
+from ourvidz_core.wire.artifacts import Artifact, Generation
+from ourvidz_core.wire.commands import Command
+from ourvidz_core.wire.events import Event
+from ourvidz_core.wire.job_types import JobType
+from ourvidz_core.wire.jobs import Job
+from ourvidz_core.wire.payloads import Payload
+
+PROJECT = "ourvidz"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def register_job_types() -> Iterable[JobType]:  # type: ignore[empty-body]
+    """Declare the job types that this plugin owns.
+
+    Called once in every process, after all plugins are loaded; every plugin is asked.
+    Must be fast and import nothing heavy. An extension does not implement it.
+
+    Example: ``yield JobType(name="acme_upscale", queue="acme_queue", content_type="image")``
+    """
+
+
+@hookspec(firstresult=True)
+def parse_job(job_type: JobType, payload: Payload) -> Job | None:
+    """Turn a payload into a job: choose its seed, its configuration and its references.
+
+    Called in the worker, once per attempt; only the owner is asked. Must be pure: no
+    file, no network, no clock. Return None for the default, which structures
+    ``payload.config`` over the type's preset. Raise ``PayloadError`` for a wrong message.
+
+    Example: ``return attrs.evolve(default_job(job_type, payload), prompt=payload.prompt.strip())``
+    """
+
+
+@hookspec(firstresult=True)
+def prepare_job(job: Job, context: JobContext) -> Job | None:
+    """Change the job before anything is generated, for example its prompt.
+
+    Called in the engine after the references were fetched; only the owner is asked.
+    May be slow and may use the device. Return None to leave the job as it is.
+
+    Example: ``return attrs.evolve(job, enhanced_prompt=enhance(job.prompt))``
+    """
+
+
+@hookspec(firstresult=True)
+def build_command(job: Job, context: JobContext) -> Command | None:
+    """Describe the subprocess that generates this job.
+
+    Called once per attempt after ``prepare_job``, and by ``ourvidz run --plan``; only
+    the owner is asked. Must not touch the device. Return None to generate in this process.
+
+    Example: ``return Command(argv=("upscale", f"--prompt={job.prompt}", context.output_path("png")))``
+    """
+
+
+@hookspec(firstresult=True)
+def generate(job: Job, command: Command | None, context: JobContext) -> Generation | None:
+    """Make the job's artifacts, in the order of its assets.
+
+    Called in the engine, one job at a time; only the owner is asked. Call
+    ``context.progress`` at every step. Return None for the default, which runs
+    ``command`` and collects its outputs. Raise an error of ``ourvidz_core.errors`` to say
+    what went wrong; any other exception fails the job under its own name.
+
+    Example: ``return Generation(artifacts=context.run(command), facts={"model": "upscale-2"})``
+    """
+
+
+@hookspec(firstresult=True)
+def choose_bucket(job: Job, artifact: Artifact) -> str | None:
+    """Name the storage bucket of one artifact.
+
+    Called in the worker for each artifact; only the owner is asked. Return None for the
+    bucket that the job type registered.
+
+    Example: ``return "previews" if artifact.width < 512 else None``
+    """
+
+
+@hookspec
+def enrich_metadata(job: Job, generation: Generation) -> Mapping[str, Any] | None:
+    """Add facts to the metadata of the ``completed`` callback.
+
+    Called in the worker after the generation; the owner and every extension are asked.
+    Values must be JSON. A key that somebody else has already reported fails the job with
+    ``MetadataClash``, so nothing is silently overwritten.
+
+    Example: ``return {"acme_model": generation.facts["model"]}``
+    """
+
+
+@hookspec
+def handle_event(event: Event) -> None:
+    """Observe what happens to jobs.
+
+    Called in the worker for each event; every plugin is asked, each guarded: one that
+    raises is logged and the others still hear the event. Must be fast.
+
+    Example: ``if isinstance(event, JobFailed): failures.labels(event.error_type).inc()``
+    """

@@ -1,0 +1,247 @@
+"""Settings: read here and nowhere else, from the environment and an optional TOML file.
+
+A setting ``redis_url`` is ``OURVIDZ_REDIS_URL`` in the environment and ``redis_url`` in
+the table ``[ourvidz]`` of the file that ``OURVIDZ_SETTINGS`` names; the environment wins.
+A plugin's settings are a class of its own, read by :func:`load_section` from
+``OURVIDZ_<SECTION>_*`` and the table ``[ourvidz.<section>]``. A variable that is set to
+nothing counts as not set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import attrs
+from attrs import frozen
+from platformdirs import user_state_path
+from typed_settings import load_settings as _load
+from typed_settings.cls_attrs import option, secret
+from typed_settings.converters import default_converter
+from typed_settings.exceptions import TsError
+from typed_settings.loaders import DictLoader, FileLoader, Loader, TomlFormat
+from typed_settings.types import SecretStr
+
+from ourvidz_core.errors import SettingsError
+
+Section = TypeVar("Section")
+
+PREFIX = "OURVIDZ_"
+SETTINGS_FILE = "OURVIDZ_SETTINGS"
+#: Names without our prefix that deployments already use; ours win.
+WELL_KNOWN_NAMES = {
+    "redis_url": "REDIS_URL",
+    "upstash_redis_rest_url": "UPSTASH_REDIS_REST_URL",
+    "upstash_redis_rest_token": "UPSTASH_REDIS_REST_TOKEN",
+    "supabase_url": "SUPABASE_URL",
+    "supabase_service_key": "SUPABASE_SERVICE_KEY",
+}
+
+
+class PopSide(StrEnum):
+    """The end of the queue's list that holds the oldest job."""
+
+    RIGHT = "right"
+    LEFT = "left"
+
+
+class AssetFormat(StrEnum):
+    """What an item of the callback's ``assets`` is."""
+
+    PATH = "path"
+    PUBLIC_URL = "public_url"
+    SIGNED_URL = "signed_url"
+    OBJECT = "object"
+
+
+def _positive(_: object, attribute: Any, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{attribute.name} must be above 0, not {value}")
+
+
+def _not_negative(_: object, attribute: Any, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{attribute.name} must not be below 0, not {value}")
+
+
+def _secret_default() -> SecretStr:
+    return SecretStr("")
+
+
+@frozen(kw_only=True)
+class Settings:
+    """Everything that an operator can set of the framework itself."""
+
+    # -- queue
+    redis_url: SecretStr = secret(factory=_secret_default, help="Redis as redis://, rediss:// or unix://. Without it an embedded Redis is started")
+    upstash_redis_rest_url: str | None = option(default=None, help="REST address of a managed Redis; its native address is derived from it")
+    upstash_redis_rest_token: SecretStr = secret(factory=_secret_default, help="Token that belongs to upstash_redis_rest_url")
+    pop_side: PopSide = option(default=PopSide.RIGHT, help="End of the list that holds the oldest job: right for producers that LPUSH, left for RPUSH")
+    lease_seconds: float = option(default=60.0, validator=_positive, help="A job whose worker is silent for this long goes to another")
+    max_attempts: int = option(default=3, validator=_positive, help="Tries of one job, the first included, before it fails for good")
+    retry_delay_seconds: float = option(default=5.0, validator=_not_negative, help="Wait before the second try; doubles with each further one")
+    duplicate_window_seconds: float = option(default=7 * 86400.0, validator=_positive, help="An id that completed is dropped when it is pushed again within this time")
+
+    # -- storage
+    supabase_url: str | None = option(default=None, help="Address of the Supabase project that stores assets and takes callbacks")
+    supabase_service_key: SecretStr = secret(factory=_secret_default, help="Service key for storage and, unless callback_key is set, for callbacks")
+    storage_dir: Path | None = option(default=None, help="Directory that takes the assets where no supabase_url is set; default: assets in state_dir")
+    asset_format: AssetFormat = option(default=AssetFormat.PATH, help="What an item of the callback's assets is: path, public_url, signed_url or object")
+    signed_url_seconds: int = option(default=3600, validator=_positive, help="How long a signed asset URL stays valid")
+    bucket_limits_mb: dict[str, float] = option(factory=dict, help="Size limits of buckets that differ from the job types' own, as JSON: {\"video_fast\": 80}")
+    upload_timeout_seconds: float = option(default=120.0, validator=_positive, help="Time limit of one upload request")
+
+    # -- callbacks
+    callback_url: str | None = option(default=None, help="Where callbacks are POSTed; default: /functions/v1/job-callback of supabase_url")
+    callback_key: SecretStr = secret(factory=_secret_default, help="Bearer token of the callback endpoint; default: supabase_service_key")
+    callback_secret: SecretStr = secret(factory=_secret_default, help="Signs each callback body: X-Callback-Signature, HMAC-SHA256")
+    callback_dir: Path | None = option(default=None, help="Directory that records callbacks where no endpoint is set; default: callbacks in state_dir")
+    callback_timeout_seconds: float = option(default=15.0, validator=_positive, help="Time limit of one callback request")
+    callback_retry_seconds: float = option(default=5.0, validator=_positive, help="Wait before a refused callback is sent again; doubles each time, up to 5 minutes, with jitter")
+    callback_give_up_seconds: float = option(default=3600.0, validator=_positive, help="A callback that was refused for this long goes to the dead letters")
+    callback_min_age_seconds: float = option(default=5.0, validator=_not_negative, help="No terminal callback goes out sooner than this after the job's created_at")
+
+    # -- references
+    reference_allowed_hosts: list[str] = option(factory=list, help="Hosts that references may come from although their address is not public, comma-separated: host or host:port")
+    reference_max_mb: float = option(default=25.0, validator=_positive, help="Size limit of a reference file")
+    reference_max_megapixels: float = option(default=50.0, validator=_positive, help="Pixel limit of a reference image")
+    reference_timeout_seconds: float = option(default=30.0, validator=_positive, help="Time limit for fetching one reference, redirects included")
+
+    # -- plugins
+    allow_plugins: list[str] | None = option(default=None, help="Distributions that may be loaded, comma-separated; without it all may")
+    block_plugins: list[str] = option(factory=list, help="Distributions that are never imported, comma-separated")
+    require_plugins: list[str] = option(factory=list, help="Distributions without which a worker does not start, comma-separated")
+
+    # -- engine
+    device: str = option(default="auto", help="auto, cpu, cuda or cuda:N")
+    vram_budget_gb: float | None = option(default=None, help="Device memory that warm models may take; default: what the device has, less 10%")
+    engine_start_seconds: float = option(default=300.0, validator=_positive, help="Time limit for the engine process to get ready")
+    engine_env: dict[str, str] = option(factory=dict, help="Environment of the engine process beyond the worker's own, as JSON")
+
+    # -- this machine
+    state_dir: Path = option(factory=lambda: user_state_path("ourvidz"), help="Where the embedded Redis and the default directories live")
+    work_dir: Path = option(factory=lambda: Path(tempfile.gettempdir()) / "ourvidz-work", help="Where jobs have their temporary directories")
+    min_free_disk_mb: float = option(default=500.0, validator=_not_negative, help="With less free disk than this a worker stops taking jobs")
+    worker_name: str = option(factory=lambda: f"{socket.gethostname()}-{os.getpid()}", help="Name of this worker in records and logs")
+    log_level: str = option(default="info", help="debug, info, warning or error")
+
+    @property
+    def redis_address(self) -> str | None:
+        """The native address of the configured Redis, or None for an embedded one."""
+        if self.redis_url:
+            return self.redis_url.get_secret_value()
+        if not self.upstash_redis_rest_url:
+            return None
+        token = self.upstash_redis_rest_token.get_secret_value()
+        if not token:
+            raise SettingsError("UPSTASH_REDIS_REST_URL is set and UPSTASH_REDIS_REST_TOKEN is not; set both, or REDIS_URL")
+        host = self.upstash_redis_rest_url.split("://", 1)[-1].rstrip("/").split("/", 1)[0].split(":", 1)[0]
+        return f"rediss://default:{token}@{host}:6379"
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The values that must not leave this process."""
+        values = (getattr(self, field.name) for field in attrs.fields(Settings))
+        return tuple(value.get_secret_value() for value in values if isinstance(value, SecretStr) and value)
+
+
+def load(environ: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
+    """The framework's settings. ``overrides`` come from the command line and win; None means not given.
+
+    :raises SettingsError: naming the setting, and what it may be.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return attrs.evolve(_load_class(Settings, "", environ), **given)
+
+
+def load_section(section: type[Section], environ: Mapping[str, str] = os.environ) -> Section:
+    """A plugin's own settings.
+
+    ``section`` is a frozen attrs class with defaults for all fields and a class variable
+    ``SECTION``, its name: ``sdxl`` reads ``OURVIDZ_SDXL_*`` and ``[ourvidz.sdxl]``.
+
+    :raises SettingsError: naming the setting, and what it may be.
+    """
+    name: str = section.SECTION  # type: ignore[attr-defined]
+    return _load_class(section, name, environ)
+
+
+def variable_of(name: str, section: str = "") -> str:
+    """The environment variable of a setting."""
+    return PREFIX + (f"{section}_{name}" if section else name).upper()
+
+
+def engine_environment(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of the engine process: the worker's own without anything secret.
+
+    Plugins run there, and nothing they do needs the queue, the storage or the callbacks.
+    """
+    secret_names = {*WELL_KNOWN_NAMES.values()}
+    secret_names |= {variable_of(name) for name in WELL_KNOWN_NAMES}
+    secret_names |= {variable_of(field.name) for field in attrs.fields(Settings) if _is_secret(field.name)}
+    secret_values = settings.secrets
+    kept = {
+        name: value
+        for name, value in environ.items()
+        if name not in secret_names and not any(known in value for known in secret_values)
+    }
+    return {**kept, **settings.engine_env}
+
+
+def _is_secret(name: str) -> bool:
+    return get_type_hints(Settings)[name] is SecretStr
+
+
+def _load_class(cls: type[Section], section: str, environ: Mapping[str, str]) -> Section:
+    loaders: list[Loader] = []
+    settings_file = environ.get(SETTINGS_FILE)
+    if settings_file:
+        if not Path(settings_file).is_file():
+            raise SettingsError(f"{SETTINGS_FILE} names {settings_file}, which is no file")
+        table = "ourvidz" + (f".{section}" if section else "")
+        loaders.append(FileLoader(files=[settings_file], formats={"*.toml": TomlFormat(table)}))
+    names = [field.name for field in attrs.fields(cls)]  # type: ignore[arg-type]
+    variables = {} if section else {n: environ[v] for n, v in WELL_KNOWN_NAMES.items() if environ.get(v)}
+    variables |= {n: environ[variable_of(n, section)] for n in names if environ.get(variable_of(n, section))}
+    loaders.append(DictLoader(_split(cls, variables, section)))
+    try:
+        return _load(cls, loaders, converter=default_converter(resolve_paths=False))
+    except (TsError, ValueError, TypeError) as error:
+        raise SettingsError(_explain(error, names, section)) from error
+
+
+def _split(cls: type, variables: Mapping[str, str], section: str) -> dict[str, Any]:
+    """Variables are text: a list is comma-separated, a mapping is JSON."""
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, text in variables.items():
+        hint = str(hints[name])
+        if "list[" in hint:
+            values[name] = [item.strip() for item in text.split(",") if item.strip()]
+        elif "dict[" in hint:
+            try:
+                values[name] = json.loads(text)
+            except ValueError as error:
+                raise SettingsError(f"{variable_of(name, section)} must be a JSON object: {error}") from None
+        else:
+            values[name] = text
+    return values
+
+
+def _explain(error: Exception, names: Iterable[str], section: str) -> str:
+    parts = [str(error)]
+    cause: BaseException | None = error.__cause__
+    while cause is not None:
+        parts.append(str(cause))
+        cause = cause.__cause__
+    for inner in getattr(error, "exceptions", ()):
+        parts.append(str(inner))
+    text = "; ".join(part for part in parts if part)
+    named = [variable_of(name, section) for name in names if name in text]
+    return f"{', '.join(named) or 'settings'}: {text}"
