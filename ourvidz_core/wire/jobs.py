@@ -104,6 +104,8 @@ class Job:
     created_at: datetime | None = None
     #: What the producer told its user to expect.
     expected_seconds: float | None = None
+    #: How many assets the job must end with; None where only its command knows.
+    asset_count: int | None = None
     #: The prompt after enhancement, where a plugin enhanced it.
     enhanced_prompt: str | None = None
     #: What the message asked for and this job will not do, by key of its ``config``.

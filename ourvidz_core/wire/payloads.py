@@ -174,7 +174,8 @@ def faults_of(error: BaseException, *, path: str = "$") -> list[Fault]:
     if isinstance(error, WrongType):
         return [Fault(path, error.expected, error.got)]
     if isinstance(error, KeyError):
-        return [Fault(f"{path}.{error.args[0]}", "a value", "nothing")]
+        key = str(error.args[0])
+        return [Fault(path if path.endswith(f".{key}") else f"{path}.{key}", "a value", "nothing")]
     if isinstance(error, ValueError):
         return [Fault(path, str(error), "a value outside that")]
     return [Fault(path, format_exception(error, None), "something else")]
@@ -260,7 +261,7 @@ def make_converter() -> Converter:
     made.register_structure_hook(datetime, _moment)
     made.register_unstructure_hook(datetime, lambda moment: moment.isoformat())
     made.register_structure_hook_func(lambda cls: isinstance(cls, type) and issubclass(cls, Enum), _member)
-    made.register_structure_hook(Mapping[str, Any], _object)
+    made.register_structure_hook_func(lambda cls: cls == Mapping[str, Any], _object)
     return made
 
 

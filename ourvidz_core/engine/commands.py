@@ -1,0 +1,128 @@
+"""Run a job's command: its own process group, bounded output, progress, a deadline."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from ourvidz_core.engine.processes import kill_group
+from ourvidz_core.errors import CommandFailed, JobTimeout
+from ourvidz_core.wire.commands import Command
+
+#: What an error carries of a command's output; a command may print gigabytes.
+TAIL_LINES = 40
+_LINE_BYTES = 4096
+_POLL_SECONDS = 0.05
+
+
+def run_command(
+    command: Command,
+    *,
+    cwd: Path,
+    timeout_seconds: float,
+    on_progress: Callable[[int, int], None] = lambda step, total: None,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Run ``command`` to its end. Nothing of its process group outlives this call.
+
+    ``on_progress`` is called with (step, total) for lines of stderr that match the command's
+    pattern, ``check`` all the time; what they raise ends the command.
+
+    :raises CommandFailed: it cannot be started or ends with a non-zero status.
+    :raises JobTimeout: it is still running after ``timeout_seconds``.
+    """
+    allowed = min(timeout_seconds, command.timeout_seconds or timeout_seconds)
+    deadline = time.monotonic() + allowed
+    try:
+        process = subprocess.Popen(
+            command.argv,
+            cwd=command.cwd or cwd,
+            env={**os.environ, **command.env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            process_group=0,
+        )
+    except OSError as error:
+        raise CommandFailed(f"{command.argv[0]} cannot be started: {error}") from error
+    assert process.stderr is not None
+    output = _Output(process.stderr, command.progress_pattern)
+    try:
+        while process.poll() is None:
+            if time.monotonic() >= deadline:
+                raise JobTimeout(
+                    f"{command.argv[0]} was still running after {allowed:g} s and was stopped",
+                    details={"stderr_tail": output.tail()},
+                )
+            if (latest := output.take_progress()) is not None:
+                on_progress(*latest)
+            check()
+            output.wait(_POLL_SECONDS)
+    finally:
+        kill_group(process.pid)  # grandchildren too, also after a good end
+        process.wait()
+        output.close()
+    if (latest := output.take_progress()) is not None:
+        on_progress(*latest)
+    if process.returncode != 0:
+        raise CommandFailed(
+            f"{command.argv[0]} ended with {_ending(process.returncode)}: {output.last_line()}",
+            details={"exit_status": process.returncode, "stderr_tail": output.tail()},
+        )
+
+
+def _ending(returncode: int) -> str:
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    return f"signal {signal.Signals(-returncode).name}"
+
+
+class _Output:
+    """Drains a command's stderr in a thread and keeps its end and the latest progress."""
+
+    def __init__(self, stream: IO[bytes], pattern: str) -> None:
+        self._stream = stream
+        self._pattern = re.compile(pattern)
+        self._lines: deque[str] = deque(maxlen=TAIL_LINES)
+        self._progress: tuple[int, int] | None = None
+        self._news = threading.Event()
+        self._thread = threading.Thread(target=self._drain, name="command-output", daemon=True)
+        self._thread.start()
+
+    def take_progress(self) -> tuple[int, int] | None:
+        latest, self._progress = self._progress, None
+        return latest
+
+    def wait(self, seconds: float) -> None:
+        self._news.wait(seconds)
+        self._news.clear()
+
+    def tail(self) -> str:
+        return "\n".join(self._lines)
+
+    def last_line(self) -> str:
+        return next((line for line in reversed(self._lines) if line.strip()), "it printed nothing to stderr")
+
+    def close(self) -> None:
+        # A process that left the group may hold the pipe open; nobody waits for it.
+        self._thread.join(timeout=1.0)
+
+    def _drain(self) -> None:
+        with self._stream:
+            # readline with a bound: a line without an end must not fill the memory.
+            while line := self._stream.readline(_LINE_BYTES):
+                # A progress bar ends its lines with a carriage return.
+                text = line.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
+                self._lines.append(text)
+                if match := self._pattern.search(text):
+                    self._progress = (int(match["step"]), int(match["total"]))
+                self._news.set()
+        self._news.set()

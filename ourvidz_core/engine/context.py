@@ -1,0 +1,123 @@
+"""The context of one job inside the engine: see the protocol in ``plugins.context``."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from ourvidz_core.engine.commands import run_command
+from ourvidz_core.errors import ArtifactError, JobCancelled, JobTimeout
+from ourvidz_core.plugins.context import Models
+from ourvidz_core.settings import load_section
+from ourvidz_core.wire.artifacts import Artifact
+from ourvidz_core.wire.commands import Command
+
+Section = TypeVar("Section")
+
+MEDIA_TYPES: Mapping[str, str] = {
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "mp4": "video/mp4",
+    "webm": "video/webm",
+}
+
+
+class EngineContext:
+    """What the hooks of one job may use."""
+
+    def __init__(
+        self,
+        *,
+        work_dir: Path,
+        models: Models,
+        timeout_seconds: float,
+        device: str = "auto",
+        on_progress: Callable[[str, int, int], None] = lambda stage, step, total: None,
+        cancelled: threading.Event | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.work_dir = work_dir
+        self.models = models
+        self._device = device
+        self._timeout_seconds = timeout_seconds
+        self._deadline = time.monotonic() + timeout_seconds
+        self._on_progress = on_progress
+        self._cancelled = cancelled or threading.Event()
+        self._environ = environ
+        self._outputs: list[Path] = []
+
+    @property
+    def device(self) -> str:
+        """``cuda``, ``cuda:N`` or ``cpu``. Found on first use: a job without a model needs no torch."""
+        if self._device == "auto":
+            self._device = find_device()
+        return self._device
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the deadline."""
+        return self._deadline - time.monotonic()
+
+    def settings(self, section: type[Section]) -> Section:
+        """The plugin's own settings."""
+        return load_section(section) if self._environ is None else load_section(section, self._environ)
+
+    def output_path(self, extension: str) -> Path:
+        """A new path for the next artifact."""
+        path = self.work_dir / f"output_{len(self._outputs)}.{extension.lstrip('.')}"
+        self._outputs.append(path)
+        return path
+
+    def progress(self, step: int, total: int, *, stage: str = "generate") -> None:
+        """Report a step; raises where the job shall stop."""
+        self._stop_if_asked()
+        self._on_progress(stage, step, total)
+
+    def run(self, command: Command) -> tuple[Artifact, ...]:
+        """Run the command and collect its outputs."""
+        self._stop_if_asked()
+        run_command(
+            command,
+            cwd=self.work_dir,
+            timeout_seconds=max(self.seconds_left, 0.0),
+            on_progress=lambda step, total: self.progress(step, total, stage="command"),
+            check=self._stop_if_asked,
+        )
+        outputs = command.outputs or tuple(self._outputs)
+        if not outputs:
+            raise ArtifactError(
+                f"{command.argv[0]} ended well and no output was declared;"
+                " give the command outputs=..., or take its paths from context.output_path"
+            )
+        return tuple(_artifact(path, command) for path in outputs)
+
+    def _stop_if_asked(self) -> None:
+        if self._cancelled.is_set():
+            raise JobCancelled("the job was cancelled while it was running")
+        if self.seconds_left <= 0:
+            raise JobTimeout(f"the job was still running after {self._timeout_seconds:g} s and was stopped")
+
+
+def find_device() -> str:
+    """``cuda`` where torch is installed and sees a GPU, else ``cpu``."""
+    if importlib.util.find_spec("torch") is None:
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _artifact(path: Path, command: Command) -> Artifact:
+    if not path.is_file() or path.stat().st_size == 0:
+        state = "is empty" if path.is_file() else "is missing"
+        raise ArtifactError(f"{command.argv[0]} ended well but its output {path.name} {state}")
+    media_type = MEDIA_TYPES.get(path.suffix.lstrip(".").lower())
+    if media_type is None:
+        raise ArtifactError(f"{path.name} has an extension that no media type is known for: {sorted(MEDIA_TYPES)}")
+    return Artifact(path=path, media_type=media_type)

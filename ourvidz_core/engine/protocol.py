@@ -1,0 +1,170 @@
+"""What the worker and its engine say to each other: JSON over a private pipe.
+
+The engine's standard output stays free for whatever plugins print.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+import ourvidz_core.errors
+from ourvidz_core.errors import HookFailed, JobError
+from ourvidz_core.plugins.registry import Registry
+from ourvidz_core.wire.artifacts import FinishedGeneration, Generation
+from ourvidz_core.wire.jobs import Job, References
+from ourvidz_core.wire.payloads import converter
+
+#: A result names its files; it does not carry them.
+MAX_MESSAGE_BYTES = 16_000_000
+
+
+@frozen(kw_only=True)
+class RunJob:
+    """Worker to engine: generate this job in this directory within this time."""
+
+    job: Job
+    work_dir: Path
+    timeout_seconds: float
+
+
+@frozen(kw_only=True)
+class CancelJob:
+    """Worker to engine: stop the job at its next step."""
+
+
+@frozen(kw_only=True)
+class EngineReady:
+    """Engine to worker: plugins are loaded, jobs may come."""
+
+    plugins: tuple[str, ...]
+
+
+@frozen(kw_only=True)
+class Progress:
+    """Engine to worker: a step is done."""
+
+    stage: str
+    step: int
+    total: int
+
+
+@frozen(kw_only=True)
+class JobFinished:
+    """Engine to worker: the artifacts are in the work directory."""
+
+    finished: FinishedGeneration
+
+
+@frozen(kw_only=True)
+class JobBroken:
+    """Engine to worker: the generation failed."""
+
+    error: JobError
+
+
+EngineMessage = RunJob | CancelJob | EngineReady | Progress | JobFinished | JobBroken
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (RunJob, CancelJob, EngineReady, Progress, JobFinished, JobBroken)
+}
+
+
+class Channel:
+    """One end of the pipe. Each message is one JSON object with its ``kind``."""
+
+    def __init__(self, connection: Connection, registry: Registry) -> None:
+        self._connection = connection
+        self._registry = registry
+
+    def send(self, message: EngineMessage) -> None:
+        """Write one message; an ``OSError`` says that the other end is gone."""
+        match message:
+            case RunJob():
+                body = {
+                    "job": encode_job(message.job),
+                    "work_dir": str(message.work_dir),
+                    "timeout_seconds": message.timeout_seconds,
+                }
+            case JobFinished(finished=finished):
+                body = {
+                    **converter.unstructure(attrs.evolve(finished, job=None)),  # type: ignore[arg-type]
+                    "job": encode_job(finished.job),
+                }
+            case JobBroken(error=error):
+                body = encode_error(error)
+            case _:
+                body = converter.unstructure(message)
+        text = json.dumps({"kind": type(message).__name__, **body}, default=str)
+        self._connection.send_bytes(text.encode())
+
+    def receive(self) -> EngineMessage:
+        """Read one message; ``EOFError`` or ``OSError`` says that the other end is gone."""
+        body = json.loads(self._connection.recv_bytes(MAX_MESSAGE_BYTES))
+        kind = _KINDS[body.pop("kind")]
+        if kind is RunJob:
+            return RunJob(
+                job=decode_job(body["job"], self._registry),
+                work_dir=Path(body["work_dir"]),
+                timeout_seconds=body["timeout_seconds"],
+            )
+        if kind is JobFinished:
+            finished = FinishedGeneration(
+                job=decode_job(body["job"], self._registry),
+                generation=converter.structure(body["generation"], Generation),
+                seconds=body["seconds"],
+                device_facts=body["device_facts"],
+            )
+            return JobFinished(finished=finished)
+        if kind is JobBroken:
+            return JobBroken(error=decode_error(body))
+        message: EngineMessage = converter.structure(body, kind)
+        return message
+
+    def poll(self, timeout_seconds: float) -> bool:
+        """Whether a message, or the end, can be read within the time."""
+        return self._connection.poll(timeout_seconds)
+
+    def close(self) -> None:
+        """Close this end."""
+        self._connection.close()
+
+
+def encode_job(job: Job) -> dict[str, Any]:
+    """``job`` as JSON; its ``config`` as the JSON of its own class."""
+    encoded: dict[str, Any] = converter.unstructure(job)
+    return {**encoded, "config": converter.unstructure(job.config)}
+
+
+def decode_job(body: Mapping[str, Any], registry: Registry) -> Job:
+    """The job that :func:`encode_job` wrote; its type's owner knows the class of ``config``."""
+    preset = registry.get(body["job_type"]).job_type.preset
+    job = converter.structure({**body, "config": None, "references": {}}, Job)
+    return attrs.evolve(
+        job,
+        config=converter.structure(body["config"], type(preset)),
+        references=converter.structure(body["references"], References),
+    )
+
+
+def encode_error(error: JobError) -> dict[str, Any]:
+    """``error`` as JSON."""
+    return {
+        "class": type(error).__name__,
+        "message": error.message,
+        "error_type": error.error_type,
+        "details": dict(error.details),
+    }
+
+
+def decode_error(body: Mapping[str, Any]) -> JobError:
+    """The error that :func:`encode_error` wrote, as its own class where that is one of ours."""
+    cls = getattr(ourvidz_core.errors, body["class"], None)
+    if isinstance(cls, type) and issubclass(cls, JobError) and cls is not HookFailed:
+        return cls(body["message"], details=body["details"])
+    return HookFailed(body["message"], error_type=body["error_type"], details=body["details"])

@@ -1,0 +1,187 @@
+"""Find installed plugins and load them one by one, so that a broken one harms no other.
+
+Every plugin that was found ends as a :class:`PluginRecord`, whatever happened to it; a
+failure is a value that can be listed, never a lost log line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+from importlib.metadata import distributions
+from typing import Any
+
+import pluggy
+from attrs import evolve, field, frozen
+
+from ourvidz_core.errors import DuplicateJobType, InvalidJobType, RequiredPluginMissing
+from ourvidz_core.plugins import hookspecs
+from ourvidz_core.plugins.defaults import CoreDefaults
+from ourvidz_core.plugins.hookspecs import PROJECT
+from ourvidz_core.plugins.registry import Owner, Registry
+from ourvidz_core.settings import Settings
+from ourvidz_core.wire.job_types import JobType
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "ourvidz"
+
+
+class PluginStatus(StrEnum):
+    """What became of a plugin that was found."""
+
+    LOADED = "loaded"
+    BLOCKED = "blocked"
+    FAILED = "failed"
+
+
+@frozen(kw_only=True)
+class FoundPlugin:
+    """A plugin that is installed: its distribution, and how to import it."""
+
+    distribution: str
+    version: str
+    load: Callable[[], object] = field(repr=False)
+
+
+@frozen(kw_only=True)
+class PluginRecord:
+    """A plugin and what became of it."""
+
+    distribution: str
+    version: str
+    status: PluginStatus
+    job_types: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ()
+    #: Why it is not loaded, with the stage that failed: import, validation or job types.
+    reason: str = ""
+
+
+def installed_plugins(group: str = ENTRY_POINT_GROUP) -> list[FoundPlugin]:
+    """The plugins whose distributions declare an entry point of ``group``, by name."""
+    found = {}
+    for distribution in distributions():
+        for entry_point in distribution.entry_points:
+            # The first on the path is the one that an import finds, so it is the one that counts.
+            if entry_point.group == group and distribution.name not in found:
+                found[distribution.name] = FoundPlugin(
+                    distribution=distribution.name, version=distribution.version, load=entry_point.load
+                )
+    return [found[name] for name in sorted(found)]
+
+
+def load_registry(settings: Settings, found: Iterable[FoundPlugin] | None = None) -> Registry:
+    """Load the plugins that the settings allow and give each job type its owner.
+
+    :raises DuplicateJobType: two plugins register one type.
+    :raises RequiredPluginMissing: a plugin that the settings require is not loaded.
+    """
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(CoreDefaults(), name="ourvidz-core")
+    records: list[PluginRecord] = []
+    declared: list[tuple[FoundPlugin, tuple[JobType, ...]]] = []
+    for plugin in installed_plugins() if found is None else found:
+        record, job_types = _load(manager, plugin, settings)
+        records.append(record)
+        if record.status is PluginStatus.LOADED:
+            declared.append((plugin, job_types))
+        elif record.status is PluginStatus.FAILED:
+            logger.error("plugin %s %s is not loaded: %s", plugin.distribution, plugin.version, record.reason)
+    _refuse_collisions(declared)
+    _require(settings.require_plugins, records)
+    owners = [
+        Owner(distribution=plugin.distribution, version=plugin.version, job_types=job_types)
+        for plugin, job_types in declared
+    ]
+    return Registry(manager, owners, records)
+
+
+def _load(
+    manager: pluggy.PluginManager, plugin: FoundPlugin, settings: Settings
+) -> tuple[PluginRecord, tuple[JobType, ...]]:
+    record = PluginRecord(distribution=plugin.distribution, version=plugin.version, status=PluginStatus.FAILED)
+    if (reason := _blocked(plugin.distribution, settings)) is not None:
+        return evolve(record, status=PluginStatus.BLOCKED, reason=reason), ()
+    stage = "import"
+    try:
+        # What a plugin prints must not end in the JSON that a command prints.
+        with contextlib.redirect_stdout(sys.stderr):
+            module = plugin.load()
+            stage = "validation"
+            manager.register(module, name=plugin.distribution)
+            _refuse_unknown_hooks(manager, module)
+            stage = "job types"
+            job_types = _declared_job_types(module)
+    except (Exception, SystemExit) as error:
+        manager.unregister(name=plugin.distribution) if manager.has_plugin(plugin.distribution) else None
+        return evolve(record, reason=f"({stage}) {type(error).__name__}: {error}"), ()
+    callers = manager.get_hookcallers(module) or []
+    return (
+        evolve(
+            record,
+            status=PluginStatus.LOADED,
+            job_types=tuple(job_type.name for job_type in job_types),
+            hooks=tuple(sorted(caller.name for caller in callers)),
+        ),
+        job_types,
+    )
+
+
+def _blocked(distribution: str, settings: Settings) -> str | None:
+    if distribution in settings.block_plugins:
+        return "OURVIDZ_BLOCK_PLUGINS names it"
+    if settings.allow_plugins is not None and distribution not in settings.allow_plugins:
+        return "OURVIDZ_ALLOW_PLUGINS does not name it"
+    return None
+
+
+def _refuse_unknown_hooks(manager: pluggy.PluginManager, module: object) -> None:
+    """A hook implementation with a mistyped name would otherwise never be called."""
+    for caller in manager.get_hookcallers(module) or ():
+        if caller.spec is None:
+            known = ", ".join(sorted(name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), f"{PROJECT}_spec")))
+            raise pluggy.PluginValidationError(module, f"there is no hook {caller.name!r}; the hooks are {known}")
+
+
+def _declared_job_types(module: object) -> tuple[JobType, ...]:
+    declare = getattr(module, "register_job_types", None)
+    if declare is None:
+        return ()
+    answer: Any = declare()
+    if isinstance(answer, JobType) or not isinstance(answer, Iterable) or isinstance(answer, str | bytes):
+        raise InvalidJobType(f"register_job_types must answer an iterable of JobType, not {answer!r}")
+    job_types: list[JobType] = []
+    for job_type in answer:
+        if not isinstance(job_type, JobType):
+            raise InvalidJobType(f"register_job_types must yield JobType, not {job_type!r}")
+        if any(job_type.name == other.name for other in job_types):
+            raise InvalidJobType(f"register_job_types yields {job_type.name!r} twice")
+        job_types.append(job_type)
+    return tuple(job_types)
+
+
+def _refuse_collisions(declared: Sequence[tuple[FoundPlugin, tuple[JobType, ...]]]) -> None:
+    owners: dict[str, FoundPlugin] = {}
+    for plugin, job_types in declared:
+        for job_type in job_types:
+            other = owners.setdefault(job_type.name, plugin)
+            if other is not plugin:
+                raise DuplicateJobType(
+                    f"{job_type.name!r} is registered by {other.distribution} {other.version} and"
+                    f" {plugin.distribution} {plugin.version}. Block one of them:"
+                    f" OURVIDZ_BLOCK_PLUGINS={plugin.distribution}"
+                )
+
+
+def _require(required: Iterable[str], records: Iterable[PluginRecord]) -> None:
+    by_name = {record.distribution: record for record in records}
+    for name in required:
+        record = by_name.get(name)
+        if record is None:
+            raise RequiredPluginMissing(f"{name} is required and not installed; pip install {name}")
+        if record.status is not PluginStatus.LOADED:
+            raise RequiredPluginMissing(f"{name} {record.version} is required and {record.status}: {record.reason}")
