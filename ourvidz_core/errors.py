@@ -184,7 +184,7 @@ class OutOfMemory(GenerationError):
 
 
 class CommandFailed(GenerationError):
-    """A subprocess ended with a non-zero exit status. Carries the end of its stderr."""
+    """A subprocess ended with a non-zero exit status. Carries the end of its output."""
 
 
 class ArtifactError(GenerationError):

@@ -33,7 +33,7 @@ def run_command(
 ) -> None:
     """Run ``command`` to its end. Nothing of its process group outlives this call.
 
-    ``on_progress`` is called with (step, total) for lines of stderr that match the command's
+    ``on_progress`` is called with (step, total) for lines of output that match the command's
     pattern, ``check`` all the time; what they raise ends the command.
 
     :raises CommandFailed: it cannot be started or ends with a non-zero status.
@@ -47,20 +47,20 @@ def run_command(
             cwd=command.cwd or cwd,
             env={**os.environ, **command.env},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             process_group=0,
         )
     except OSError as error:
         raise CommandFailed(f"{command.argv[0]} cannot be started: {error}") from error
-    assert process.stderr is not None
-    output = _Output(process.stderr, command.progress_pattern)
+    assert process.stdout is not None
+    output = _Output(process.stdout, command.progress_pattern)
     try:
         while process.poll() is None:
             if time.monotonic() >= deadline:
                 raise JobTimeout(
                     f"{command.argv[0]} was still running after {allowed:g} s and was stopped",
-                    details={"stderr_tail": output.tail()},
+                    details={"output_tail": output.tail()},
                 )
             if (latest := output.take_progress()) is not None:
                 on_progress(*latest)
@@ -75,7 +75,7 @@ def run_command(
     if process.returncode != 0:
         raise CommandFailed(
             f"{command.argv[0]} ended with {_ending(process.returncode)}: {output.last_line()}",
-            details={"exit_status": process.returncode, "stderr_tail": output.tail()},
+            details={"exit_status": process.returncode, "output_tail": output.tail()},
         )
 
 
@@ -86,7 +86,7 @@ def _ending(returncode: int) -> str:
 
 
 class _Output:
-    """Drains a command's stderr in a thread and keeps its end and the latest progress."""
+    """Drains a command's output in a thread and keeps its end and the latest progress."""
 
     def __init__(self, stream: IO[bytes], pattern: str) -> None:
         self._stream = stream
@@ -109,7 +109,7 @@ class _Output:
         return "\n".join(self._lines)
 
     def last_line(self) -> str:
-        return next((line for line in reversed(self._lines) if line.strip()), "it printed nothing to stderr")
+        return next((line for line in reversed(self._lines) if line.strip()), "it printed nothing")
 
     def close(self) -> None:
         # A process that left the group may hold the pipe open; nobody waits for it.

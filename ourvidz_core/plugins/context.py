@@ -62,7 +62,7 @@ class JobContext(Protocol):
     def run(self, command: Command) -> tuple[Artifact, ...]:
         """Run ``command`` in its own process group and collect its outputs.
 
-        :raises CommandFailed: it ended with a non-zero status; carries the end of stderr.
+        :raises CommandFailed: it ended with a non-zero status; carries the end of its output.
         :raises JobTimeout: it was still running at the deadline; its whole group was killed.
         :raises ArtifactError: an output is missing or empty.
         """

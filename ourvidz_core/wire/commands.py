@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attrs import field, frozen
 
-#: What a command prints to stderr to report its progress, unless it says otherwise.
+#: What a command prints to report its progress, unless it says otherwise.
 PROGRESS_PATTERN = r"\bstep (?P<step>\d+) of (?P<total>\d+)\b"
 
 
@@ -26,7 +26,7 @@ class Command:
     #: The command is stopped after this, and in any case at the job's deadline.
     timeout_seconds: float | None = None
     outputs: tuple[Path, ...] = field(default=(), converter=tuple)
-    #: A regular expression with the groups ``step`` and ``total``, searched in each line of stderr.
+    #: A regular expression with the groups ``step`` and ``total``, searched in each line of its output.
     progress_pattern: str = PROGRESS_PATTERN
 
     @argv.validator

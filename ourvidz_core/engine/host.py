@@ -1,0 +1,211 @@
+"""The worker's side of the engine: start it, give it jobs, watch it, end it, start another."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Pipe
+from pathlib import Path
+from typing import IO, Protocol
+
+from ourvidz_core.engine.processes import kill_session
+from ourvidz_core.engine.protocol import CancelJob, Channel, EngineReady, JobBroken, JobFinished, Progress, RunJob
+from ourvidz_core.errors import EngineCrashed, EngineUnusable, JobCancelled, JobTimeout, OutOfMemory
+from ourvidz_core.plugins.registry import Registry
+from ourvidz_core.wire.artifacts import FinishedGeneration
+from ourvidz_core.wire.jobs import Job
+
+logger = logging.getLogger(__name__)
+
+#: A plugin that watches its deadline ends by itself; after this much longer it is made to.
+GRACE_SECONDS = 3.0
+#: A cancelled job that did not stop at its next step by then is stopped with its engine.
+CANCEL_SECONDS = 1.0
+_POLL_SECONDS = 0.1
+_TAIL_LINES = 30
+
+OnProgress = Callable[[str, int, int], None]
+
+
+def ignore_progress(stage: str, step: int, total: int) -> None:
+    """For callers that do not watch."""
+
+
+class Engine(Protocol):
+    """What generates a job beside the device."""
+
+    def run(
+        self,
+        job: Job,
+        *,
+        work_dir: Path,
+        timeout_seconds: float,
+        on_progress: OnProgress = ignore_progress,
+        cancelled: threading.Event | None = None,
+    ) -> FinishedGeneration:
+        """Generate ``job``; its artifacts lie in ``work_dir``.
+
+        :raises JobError: it failed; ``EngineCrashed`` and ``JobTimeout`` among them.
+        """
+        ...
+
+    def close(self) -> None:
+        """End it with everything it started."""
+        ...
+
+
+class EngineProcess:
+    """An engine in a child process of its own session. One job at a time; not thread-safe."""
+
+    def __init__(self, registry: Registry, environ: Mapping[str, str], *, start_seconds: float = 300.0) -> None:
+        self._registry = registry
+        self._environ = dict(environ)
+        self._start_seconds = start_seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+        self._log: _EngineLog | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id while it runs."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    def start(self) -> None:
+        """Start the engine and wait until its plugins are loaded. Does nothing while it runs.
+
+        :raises EngineCrashed: it ended, or did not get ready in time; says how its log ends.
+        """
+        if self.pid is not None:
+            return
+        self.close()
+        ours, theirs = Pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ourvidz_core.engine.server", str(theirs.fileno())],
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        finally:
+            theirs.close()
+        assert self._process.stderr is not None
+        self._log = _EngineLog(self._process.stderr)
+        self._channel = Channel(ours, self._registry)
+        deadline = time.monotonic() + self._start_seconds
+        try:
+            while not self._channel.poll(_POLL_SECONDS):
+                if time.monotonic() >= deadline:
+                    raise EngineCrashed(f"the engine was not ready after {self._start_seconds:g} s: {self._log.end()}")
+            ready = self._channel.receive()
+        except (EOFError, OSError):
+            raise self._crashed("while it started") from None
+        except EngineCrashed:
+            self.close()
+            raise
+        assert isinstance(ready, EngineReady)
+        missing = {record.distribution for record in self._registry.records if record.status == "loaded"}
+        if missing -= set(ready.plugins):
+            self.close()
+            raise EngineCrashed(f"the engine could not load {', '.join(sorted(missing))}: {self._log.end()}")
+        logger.info("engine %s is ready", self._process.pid)
+
+    def run(
+        self,
+        job: Job,
+        *,
+        work_dir: Path,
+        timeout_seconds: float,
+        on_progress: OnProgress = ignore_progress,
+        cancelled: threading.Event | None = None,
+    ) -> FinishedGeneration:
+        """Generate ``job``; see :meth:`Engine.run`. Starts the engine where none runs."""
+        self.start()
+        assert self._channel is not None
+        deadline = time.monotonic() + timeout_seconds + GRACE_SECONDS
+        cancel_deadline: float | None = None
+        try:
+            self._channel.send(RunJob(job=job, work_dir=work_dir, timeout_seconds=timeout_seconds))
+            while True:
+                if self._channel.poll(_POLL_SECONDS):
+                    match self._channel.receive():
+                        case Progress(stage=stage, step=step, total=total):
+                            on_progress(stage, step, total)
+                        case JobFinished(finished=finished):
+                            return finished
+                        case JobBroken(error=error):
+                            if isinstance(error, EngineUnusable | OutOfMemory):
+                                self.close()  # what the device still holds goes with the process
+                            raise error
+                now = time.monotonic()
+                if cancelled is not None and cancelled.is_set() and cancel_deadline is None:
+                    cancel_deadline = now + CANCEL_SECONDS
+                    self._channel.send(CancelJob())
+                if cancel_deadline is not None and now >= cancel_deadline:
+                    self.close()
+                    raise JobCancelled("the job was cancelled while it was running; its engine was stopped")
+                if now >= deadline:
+                    self.close()
+                    raise JobTimeout(
+                        f"the job was still running after {timeout_seconds:g} s and did not stop;"
+                        " its engine was killed"
+                    )
+        except (EOFError, OSError):
+            raise self._crashed(f"while it worked on {job.job_type}") from None
+
+    def close(self) -> None:
+        """Kill the engine and its whole session, if it is there."""
+        process, self._process = self._process, None
+        if process is not None:
+            kill_session(process.pid)
+            process.wait()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._log is not None:
+            self._log.close()
+
+    def _crashed(self, when: str) -> EngineCrashed:
+        assert self._process is not None and self._log is not None
+        process, log = self._process, self._log
+        try:
+            # The pipe closes a moment before the process is gone.
+            returncode = process.wait(timeout=2.0)
+            ending = signal.Signals(-returncode).name if returncode < 0 else f"exit status {returncode}"
+        except subprocess.TimeoutExpired:
+            ending = "its pipe closed"
+        self.close()
+        return EngineCrashed(f"the engine died {when} ({ending}): {log.end()}", details={"engine_ending": ending})
+
+
+class _EngineLog:
+    """Passes the engine's stderr on to our log and keeps its end for error messages."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._thread = threading.Thread(target=self._drain, name="engine-log", daemon=True)
+        self._thread.start()
+
+    def end(self) -> str:
+        """The last line, which is an exception's message where the engine raised one."""
+        self._thread.join(timeout=0.5)
+        return next((line for line in reversed(self._lines) if line.strip()), "it logged nothing")
+
+    def close(self) -> None:
+        self._thread.join(timeout=1.0)
+
+    def _drain(self) -> None:
+        with self._stream:
+            while line := self._stream.readline(8192):
+                text = line.decode("utf-8", "replace").rstrip()
+                self._lines.append(text)
+                logger.debug("engine: %s", text)

@@ -1,0 +1,48 @@
+"""An engine in this very process: for tests and for debugging a plugin, where a crash may be a crash."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from ourvidz_core.engine.context import EngineContext
+from ourvidz_core.engine.host import OnProgress, ignore_progress
+from ourvidz_core.engine.models import ModelCache
+from ourvidz_core.engine.perform import perform
+from ourvidz_core.plugins.registry import Registry
+from ourvidz_core.settings import Settings
+from ourvidz_core.wire.artifacts import FinishedGeneration
+from ourvidz_core.wire.jobs import Job
+
+
+class LocalEngine:
+    """Takes the same walk as the engine process, without its protection."""
+
+    def __init__(self, registry: Registry, settings: Settings) -> None:
+        self._registry = registry
+        self._device = settings.device
+        self._models = ModelCache(settings.vram_budget_gb)
+
+    def run(
+        self,
+        job: Job,
+        *,
+        work_dir: Path,
+        timeout_seconds: float,
+        on_progress: OnProgress = ignore_progress,
+        cancelled: threading.Event | None = None,
+    ) -> FinishedGeneration:
+        """Generate ``job`` here and now; see :meth:`~ourvidz_core.engine.host.Engine.run`."""
+        context = EngineContext(
+            work_dir=work_dir,
+            models=self._models,
+            timeout_seconds=timeout_seconds,
+            device=self._device,
+            on_progress=on_progress,
+            cancelled=cancelled,
+        )
+        return perform(self._registry, job, context)
+
+    def close(self) -> None:
+        """Forget the warm models."""
+        self._models.clear()

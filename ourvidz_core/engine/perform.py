@@ -1,0 +1,97 @@
+"""The part of a job's walk that happens beside the device: prepare, command, generate, check."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from ourvidz_core.engine.checks import check_artifact
+from ourvidz_core.engine.context import EngineContext
+from ourvidz_core.errors import ArtifactError, EngineUnusable, HookFailed, JobError, OutOfMemory
+from ourvidz_core.plugins.registry import Registry
+from ourvidz_core.wire.artifacts import Artifact, FinishedGeneration
+from ourvidz_core.wire.jobs import Job
+
+#: After one of these a CUDA context answers every call with the same error.
+STICKY_DEVICE_ERRORS = ("CUDA error", "device-side assert", "CUBLAS_STATUS_EXECUTION_FAILED", "illegal memory access")
+
+
+def perform(registry: Registry, job: Job, context: EngineContext) -> FinishedGeneration:
+    """Generate ``job`` in ``context.work_dir`` and check what came of it.
+
+    :raises JobError: the hooks failed, or an artifact is not what it should be.
+    """
+    owned = registry.get(job.job_type)
+    started = time.monotonic()
+    _forget_peak()
+    try:
+        prepared = owned.prepare_job(job, context)
+        command = owned.build_command(prepared, context)
+        generation = owned.generate(prepared, command, context)
+    except JobError as error:
+        raise _device_error(error) from error
+    artifacts = tuple(_checked(artifact, context, owned.job_type.media_type) for artifact in generation.artifacts)
+    if prepared.asset_count is not None and len(artifacts) != prepared.asset_count:
+        raise ArtifactError(
+            f"{prepared.asset_count} files were asked for and {owned.distribution} made {len(artifacts)}"
+        )
+    return FinishedGeneration(
+        job=prepared,
+        generation=attrs.evolve(generation, artifacts=artifacts),
+        seconds=time.monotonic() - started,
+        device_facts=_device_facts(),
+    )
+
+
+def _checked(artifact: Artifact, context: EngineContext, media_type: str) -> Artifact:
+    if not artifact.path.resolve().is_relative_to(context.work_dir.resolve()):
+        raise ArtifactError(
+            f"{artifact.path.name} does not lie in the job's work directory; write to context.output_path(...)"
+        )
+    return check_artifact(artifact, media_type=media_type)
+
+
+def _device_error(error: JobError) -> JobError:
+    """What torch raised, in our words. Told by names, so that core needs no torch."""
+    if not isinstance(error, HookFailed):
+        return error
+    cause = error.__cause__
+    text = str(cause)
+    if type(cause).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
+        _release_memory()
+        return OutOfMemory(f"the device has too little memory for this job: {text}")
+    if any(sign in text for sign in STICKY_DEVICE_ERRORS):
+        return EngineUnusable(f"the device is broken until the engine restarts: {text}")
+    return error
+
+
+def _release_memory() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _forget_peak() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _device_facts() -> Mapping[str, Any]:
+    """The most device memory that was in use at once, in GiB; nothing without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    used = torch.cuda.max_memory_allocated() / 2**30
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+    return {
+        "vram_used_gb": round(used, 3),
+        "vram_total_gb": round(total, 3),
+        "vram_utilization": round(used / total, 4),
+    }

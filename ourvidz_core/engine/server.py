@@ -1,0 +1,121 @@
+"""The engine process: loads the plugins, keeps models warm, works on one job at a time.
+
+Started by ``engine.host`` with one end of a pipe. It dies with the worker: when the
+pipe closes, nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+
+from ourvidz_core.engine.context import EngineContext
+from ourvidz_core.engine.models import ModelCache
+from ourvidz_core.engine.perform import perform
+from ourvidz_core.engine.processes import kill_session
+from ourvidz_core.engine.protocol import (
+    CancelJob,
+    Channel,
+    EngineReady,
+    JobBroken,
+    JobFinished,
+    Progress,
+    RunJob,
+)
+from ourvidz_core.errors import GenerationError, JobError, OurVidzError
+from ourvidz_core.plugins.loading import load_registry
+from ourvidz_core.plugins.registry import Registry
+from ourvidz_core.settings import Settings, load
+
+logger = logging.getLogger(__name__)
+
+#: A progress bar does not move faster than this, and a step may take a millisecond.
+_PROGRESS_SECONDS = 0.1
+
+
+class EngineServer:
+    """The loop of the engine process."""
+
+    def __init__(self, connection: Connection, settings: Settings, registry: Registry) -> None:
+        self._channel = Channel(connection, registry)
+        self._settings = settings
+        self._registry = registry
+        self._models = ModelCache(settings.vram_budget_gb)
+        self._jobs: queue.SimpleQueue[RunJob] = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+        self._progress_said = 0.0
+
+    def serve(self) -> None:
+        """Work until the worker goes away."""
+        threading.Thread(target=self._listen, name="engine-listen", daemon=True).start()
+        loaded = tuple(record.distribution for record in self._registry.records if record.status == "loaded")
+        self._channel.send(EngineReady(plugins=loaded))
+        while True:
+            self._channel.send(self._work(self._jobs.get()))
+
+    def _work(self, request: RunJob) -> JobFinished | JobBroken:
+        context = EngineContext(
+            work_dir=request.work_dir,
+            models=self._models,
+            timeout_seconds=request.timeout_seconds,
+            device=self._settings.device,
+            on_progress=self._say_progress,
+            cancelled=self._cancelled,
+        )
+        try:
+            return JobFinished(finished=perform(self._registry, request.job, context))
+        except JobError as error:
+            logger.info("job %s (%s) failed", request.job.id, request.job.job_type, exc_info=error)
+            return JobBroken(error=error)
+        except Exception as error:  # a fault of ours must not end the engine
+            logger.exception("job %s (%s) failed in the engine itself", request.job.id, request.job.job_type)
+            return JobBroken(error=GenerationError(f"the engine failed: {type(error).__name__}: {error}"))
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message = self._channel.receive()
+            except (EOFError, OSError):
+                _end()
+            except OurVidzError as error:
+                self._channel.send(JobBroken(error=GenerationError(f"the engine could not read a job: {error}")))
+            else:
+                match message:
+                    case RunJob():
+                        self._cancelled.clear()
+                        self._jobs.put(message)
+                    case CancelJob():
+                        self._cancelled.set()
+
+    def _say_progress(self, stage: str, step: int, total: int) -> None:
+        now = time.monotonic()
+        if step >= total or now - self._progress_said >= _PROGRESS_SECONDS:
+            self._progress_said = now
+            self._channel.send(Progress(stage=stage, step=step, total=total))
+
+
+def _end() -> None:
+    """The worker is gone: leave at once, and leave nothing of this session behind."""
+    kill_session(os.getsid(0), spare=os.getpid())
+    os._exit(0)
+
+
+def main(descriptor: int) -> None:
+    """Run an engine on the pipe that the worker passed as ``descriptor``."""
+    # Whatever plugins and libraries print goes to stderr, which the worker reads as a log.
+    os.dup2(2, 1)
+    settings = load()
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+    )
+    registry = load_registry(settings)
+    EngineServer(Connection(descriptor), settings, registry).serve()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
