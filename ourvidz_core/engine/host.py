@@ -112,8 +112,8 @@ class EngineProcess:
             self.close()
             raise
         assert isinstance(ready, EngineReady)
-        missing = {record.distribution for record in self._registry.records if record.status == "loaded"}
-        if missing -= set(ready.plugins):
+        loaded = {record.distribution for record in self._registry.records if record.status == "loaded"}
+        if missing := loaded - set(ready.plugins):
             self.close()
             raise EngineCrashed(f"the engine could not load {', '.join(sorted(missing))}: {self._log.end()}")
         logger.info("engine %s is ready", self._process.pid)
