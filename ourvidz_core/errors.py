@@ -17,6 +17,7 @@ error says what happened, to which thing, and what to do now.
     │   ├── ReferenceImageError    a reference image cannot be used
     │   │   ├── ReferenceRefused      its address is not one we fetch from
     │   │   ├── ReferenceUnavailable  it could not be fetched
+    │   │   │   └── ReferenceServerFailed  it may be later
     │   │   └── ReferenceInvalid      what was fetched is no usable image
     │   ├── ModelUnavailable       a model file or directory is missing or unreadable
     │   ├── HookFailed             a plugin's hook raised or answered nonsense
@@ -32,6 +33,7 @@ error says what happened, to which thing, and what to do now.
     │   │   ├── AssetRejected         storage will never take it (too large, wrong type)
     │   │   ├── StorageUnavailable    storage may take it later
     │   │   └── DiskFull              this machine has no room
+    │   ├── InternalError          a fault of ours, not of the job
     │   ├── RepeatedlyInterrupted  workers died with this job, again and again
     │   └── JobCancelled           someone asked for it to stop
     ├── CallbackError              a callback was not accepted
@@ -139,7 +141,13 @@ class ReferenceRefused(ReferenceImageError):
 
 
 class ReferenceUnavailable(ReferenceImageError):
-    """The server did not give the image: gone, expired, unreachable or too slow."""
+    """The server did not give the image: gone, expired, or not to be found."""
+
+
+class ReferenceServerFailed(ReferenceUnavailable):
+    """The server, or the way to it, failed: the image may well be there later."""
+
+    is_transient = True
 
 
 class ReferenceInvalid(ReferenceImageError):
@@ -229,6 +237,12 @@ class DiskFull(StorageError):
 
 class RepeatedlyInterrupted(JobError):
     """Workers died while they worked on this job, as often as is allowed."""
+
+
+class InternalError(JobError):
+    """A fault of the framework itself, or of the machine; not of the job and not of a plugin."""
+
+    is_transient = True
 
 
 class JobCancelled(JobError):
