@@ -1,0 +1,231 @@
+"""Send a callback once and say truthfully what became of it. When to try again is the outbox's to decide."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from random import Random
+from typing import Protocol
+
+import requests
+from attrs import field, frozen
+from requests.auth import AuthBase
+from urllib3.exceptions import HTTPError
+
+from ourvidz_core.delivery.deadlines import Deadline, read_start
+from ourvidz_core.errors import CallbackError, CallbackRejected, CallbackUndelivered
+from ourvidz_core.wire.payloads import ID_PATTERN
+
+SIGNATURE_HEADER = "X-Callback-Signature"
+#: The endpoint answers 400 to what may go through in a minute, too; only these are final.
+PERMANENT_REFUSALS = ("job_id is required", "violates check constraint")
+MAX_RETRY_AFTER_SECONDS = 3600.0
+_ANSWER_BYTES = 64 * 1024
+_SHOWN_CHARACTERS = 200
+
+
+class CallbackClient(Protocol):
+    """The way to the endpoint that learns of each job's outcome."""
+
+    def send(self, callback_id: str, job_id: str, body: bytes) -> None:
+        """Send ``body`` as it is. Returns when it was accepted.
+
+        ``callback_id`` is the same for every try of one callback.
+
+        :raises CallbackRejected: it never will be accepted.
+        :raises CallbackUndelivered: it may be later; ``retry_after_seconds`` where the endpoint said when.
+        """
+        ...
+
+
+def signature(secret: str, body: bytes) -> str:
+    """The value of ``X-Callback-Signature`` for ``body``.
+
+    >>> signature("secret", b"{}")[:20]
+    'sha256=77325902caca8'
+    """
+    return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+
+
+def retry_delay(failures: int, *, first_seconds: float, ceiling_seconds: float = 300.0, random: Random) -> float:
+    """How long to wait after ``failures`` tries in a row: doubling, somewhere between half and the whole of it.
+
+    The spread keeps workers whose endpoint came back from all calling at once.
+    """
+    doublings = min(max(failures, 1) - 1, 64)
+    whole = min(ceiling_seconds, first_seconds * 2**doublings)
+    return random.uniform(whole / 2, whole)
+
+
+class HttpCallbacks:
+    """Callbacks as HTTP POSTs."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str = "",
+        secret: str = "",
+        timeout_seconds: float = 15.0,
+        session: requests.Session | None = None,
+    ) -> None:
+        self._url = url
+        self._auth = _CallbackAuth(key, secret)
+        #: An endpoint may repeat what it was sent; an error message may not.
+        self._hidden = tuple(value for value in (key, secret) if value)
+        self._timeout_seconds = timeout_seconds
+        self._session = session or requests.Session()
+
+    def send(self, callback_id: str, job_id: str, body: bytes) -> None:
+        """See :meth:`CallbackClient.send`."""
+        try:
+            status, answer, retry_after = self._post(callback_id, body)
+        except (requests.RequestException, HTTPError, OSError) as error:
+            # The library's messages hold the URL, whose query may hold a token.
+            raise CallbackUndelivered(
+                f"the callback of job {job_id} was not delivered: the endpoint did not answer ({type(error).__name__})"
+            ) from None
+        if 200 <= status < 300:
+            return
+        said = " ".join(answer.decode("utf-8", "replace").split())
+        for hidden in self._hidden:
+            said = said.replace(hidden, "[hidden]")
+        for refusal in PERMANENT_REFUSALS:
+            if refusal in said:
+                raise CallbackRejected(
+                    f"the callback of job {job_id} is refused for good ({status}): {said[:_SHOWN_CHARACTERS]}"
+                )
+        if 300 <= status < 400:
+            said = "it redirects, and callbacks follow no redirect; set OURVIDZ_CALLBACK_URL to the final address"
+        reason = said[:_SHOWN_CHARACTERS] or "no reason given"
+        raise CallbackUndelivered(
+            f"the callback of job {job_id} was not accepted ({status}): {reason}",
+            retry_after_seconds=retry_after,
+        )
+
+    def close(self) -> None:
+        """Give up connections."""
+        self._session.close()
+
+    def _post(self, callback_id: str, body: bytes) -> tuple[int, bytes, float | None]:
+        headers = {"Content-Type": "application/json", "X-Callback-Id": callback_id}
+        with (
+            Deadline(self._timeout_seconds) as deadline,
+            self._session.post(
+                self._url,
+                data=body,
+                headers=headers,
+                auth=self._auth,
+                timeout=self._timeout_seconds,
+                allow_redirects=False,
+                stream=True,
+            ) as response,
+        ):
+            answer = read_start(response, limit_bytes=_ANSWER_BYTES, deadline=deadline)
+            return response.status_code, answer, retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
+
+
+def retry_after(value: str | None, now: datetime) -> float | None:
+    """The seconds that a ``Retry-After`` header asks for, at most an hour; None where it asks nothing sensible.
+
+    >>> retry_after("120", datetime.now(UTC))
+    120.0
+    """
+    text = (value or "").strip()
+    if re.fullmatch(r"[0-9]{1,20}", text):
+        return min(float(text), MAX_RETRY_AFTER_SECONDS)
+    try:
+        moment = parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return min(max((moment - now).total_seconds(), 0.0), MAX_RETRY_AFTER_SECONDS)
+
+
+@frozen
+class DirectoryCallbacks:
+    """Callbacks as files: each job's in ``{job_id}.jsonl``, a line each, in the order they came."""
+
+    root: Path
+
+    def send(self, callback_id: str, job_id: str, body: bytes) -> None:
+        """See :meth:`CallbackClient.send`."""
+        if not ID_PATTERN.fullmatch(job_id):
+            raise CallbackRejected(f"the job id {ascii(job_id)[:80]} cannot be the name of a file")
+        # Between JSON's tokens a line break is a blank; inside a string it is never bare.
+        line = b" ".join(body.splitlines()) + b"\n"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            _append(self.root / f"{job_id}.jsonl", line)
+        except OSError as error:
+            raise CallbackUndelivered(
+                f"the callback of job {job_id} cannot be written to {self.root} ({error.strerror})"
+            ) from None
+
+
+@frozen(kw_only=True)
+class SentCallback:
+    """A callback as a client was given it."""
+
+    callback_id: str
+    job_id: str
+    body: bytes
+
+
+@frozen
+class RecordingCallbacks:
+    """Callbacks in memory, for tests. ``answers`` scripts the first tries: an error is raised, None accepts.
+
+    >>> callbacks = RecordingCallbacks([CallbackUndelivered("asleep"), None])
+    """
+
+    answers: Iterator[CallbackError | None] = field(default=(), converter=iter)
+    #: Every try, accepted or not.
+    attempts: list[SentCallback] = field(factory=list, init=False)
+    accepted: list[SentCallback] = field(factory=list, init=False)
+
+    def send(self, callback_id: str, job_id: str, body: bytes) -> None:
+        """See :meth:`CallbackClient.send`."""
+        sent = SentCallback(callback_id=callback_id, job_id=job_id, body=body)
+        self.attempts.append(sent)
+        error = next(self.answers, None)
+        if error is not None:
+            raise error
+        self.accepted.append(sent)
+
+
+class _CallbackAuth(AuthBase):
+    """Key and signature. As an auth object, since a netrc would overwrite a plain Authorization header."""
+
+    def __init__(self, key: str, secret: str) -> None:
+        self._key = key
+        self._secret = secret
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+            request.headers["apikey"] = self._key
+        if self._secret and isinstance(request.body, bytes):
+            request.headers[SIGNATURE_HEADER] = signature(self._secret, request.body)
+        return request
+
+
+def _append(file: Path, line: bytes) -> None:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line  # a crash or a full disk cut the line before this one
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
