@@ -1,0 +1,121 @@
+"""What can be set of a WAN job, of this plugin and of a WAN model. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from attrs import field as _field
+from attrs import frozen, validators
+
+#: Frames a latent stands for; a video has one frame more than a multiple of it.
+FRAMES_PER_LATENT = 4
+#: Frames a second of every WAN 2.1 model.
+FPS = 16
+#: What producers send where their users did not choose.
+DEFAULT_REFERENCE_STRENGTH = 0.85
+#: What a video shall not be, for models whose variant.toml does not say it better.
+DEFAULT_NEGATIVE_PROMPT = (
+    "frozen motion, slideshow, overexposed, washed-out grey picture, blurred detail, compression blocks, captions,"
+    " watermark, deformed body, extra limbs, fused fingers, malformed face"
+)
+
+
+class Solver(StrEnum):
+    """How the steps from noise to a video are taken, in the words of the wire."""
+
+    UNIPC = "unipc"
+    DPM = "dpm++"
+
+
+class RunAs(StrEnum):
+    """Where a job's command line is executed."""
+
+    ENGINE = "engine"
+    SUBPROCESS = "subprocess"
+
+
+@frozen(kw_only=True)
+class WanConfig:
+    """The configuration of one WAN job."""
+
+    #: Width and height in pixels, as ``480*832``.
+    size: str = "480*832"
+    sample_steps: int = 25
+    sample_guide_scale: float = 6.5
+    sample_solver: Solver = Solver.UNIPC
+    sample_shift: float = 5.0
+    frame_num: int = 81
+    reference_strength: float = DEFAULT_REFERENCE_STRENGTH
+
+
+@frozen(kw_only=True)
+class WanVariant:
+    """What ``variant.toml`` beside the weights says of a WAN model; the defaults are WAN 2.1's own."""
+
+    #: What the model is called in the facts of a job; its directory's name unless said.
+    name: str | None = None
+    #: A smaller model makes smaller pictures: sides are multiplied by this and rounded down to whole patches.
+    size_scale: float = _field(default=1.0, validator=[validators.gt(0), validators.le(1)])
+    fps: int = _field(default=FPS, validator=validators.gt(0))
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+
+
+@frozen(kw_only=True)
+class WanSettings:
+    """This plugin's settings, ``OURVIDZ_WAN_*``."""
+
+    SECTION: ClassVar[str] = "wan"
+
+    #: Directory of the t2v-1.3B weights, in the diffusers or the native layout.
+    ckpt_dir: Path | None = None
+    #: Directory of VACE weights; where it is set, videos with references use them.
+    vace_ckpt_dir: Path | None = None
+    #: The task that ``vace_ckpt_dir`` holds.
+    vace_task: str = _field(default="vace-1.3B", validator=validators.in_(("vace-1.3B", "vace-14B")))
+    #: ``engine``: the command line runs in the warm engine; ``subprocess``: as a process of its own.
+    run_as: RunAs = RunAs.ENGINE
+    #: A script with the command line of ``wan_generate`` to run instead of ours, always as a subprocess.
+    script: Path | None = None
+    #: The Python that subprocesses run with; default: the engine's own.
+    interpreter: str | None = None
+    #: Put before the PYTHONPATH of subprocesses.
+    pythonpath: str | None = None
+    #: HF_HOME of subprocesses; their TRANSFORMERS_CACHE and HUGGINGFACE_HUB_CACHE follow it.
+    hf_home: Path | None = None
+    #: CUDA_VISIBLE_DEVICES of subprocesses; default: the engine's own.
+    cuda_visible_devices: str | None = None
+    #: Keep models in main memory and move each to the device while it works: slower, for small devices.
+    offload_model: bool = False
+    #: Give a job's own negative prompt to the model in place of the model's default.
+    use_job_negative_prompt: bool = False
+
+
+def frames_of(requested: int) -> int:
+    """The frames that WAN makes of ``requested``: the next lower 4n + 1.
+
+    >>> frames_of(83)
+    81
+    """
+    return (requested - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+
+
+def dimensions_of(size: str) -> tuple[int, int]:
+    """Width and height of a size as the command line writes it.
+
+    >>> dimensions_of("480*832")
+    (480, 832)
+    """
+    width, height = size.split("*")
+    return int(width), int(height)
+
+
+def as_size(width: int, height: int) -> str:
+    """The inverse of :func:`dimensions_of`."""
+    return f"{width}*{height}"
+
+
+def is_set(value: Any) -> bool:
+    """Whether a payload's value is there: nulls and empty strings are absent."""
+    return value is not None and value != ""

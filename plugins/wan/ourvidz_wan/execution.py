@@ -1,0 +1,191 @@
+"""Say what command line makes a WAN job, and run it: in the warm engine, or as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from ourvidz_core.errors import GenerationError, ModelUnavailable
+from ourvidz_core.plugins.context import JobContext
+from ourvidz_core.wire.artifacts import Artifact, Generation
+from ourvidz_core.wire.commands import Command
+from ourvidz_core.wire.jobs import Job, ReferenceMode
+from ourvidz_wan.arguments import IMAGE_SUFFIX, GenerateArguments, UsageError, parse_arguments
+from ourvidz_wan.config import RunAs, WanConfig, WanSettings
+from ourvidz_wan.jobs import TASK, uses_strength
+
+#: The option that hands over each reference.
+REFERENCE_OPTIONS = {"single": "image", "start": "first_frame", "end": "last_frame"}
+MODULE = "ourvidz_wan.generate"
+#: What the job itself reports, so that it is not reported twice.
+FACTS_OF_JOB = frozenset({"wan_task", "prompt", "seed"})
+#: What a file says in words; everything else it says as JSON.
+FACTS_IN_WORDS = frozenset({"wan_task", "model", "size", "requested_size", "solver", "reference_method", "prompt"})
+FACTS_OF_FILE_FORMAT = frozenset({"software", "digital_source_type"})
+#: Device memory that the weights take, by task (GiB, bfloat16).
+WEIGHTS_GB: Mapping[str, float] = {"t2v-1.3B": 14.7, "vace-1.3B": 16.0, "vace-14B": 44.0}
+
+
+def prepare_wan_job(job: Job, context: JobContext) -> Job:
+    """The job with the task that will run: VACE, where its weights are configured and a reference wants them."""
+    return attrs.evolve(job, facts={**job.facts, "wan_task": _task(job, context.settings(WanSettings))})
+
+
+def build_wan_command(job: Job, context: JobContext) -> Command:
+    """The ``wan_generate`` command line of ``job``, whose config is a :class:`WanConfig`.
+
+    :raises ModelUnavailable: no checkpoint directory is configured.
+    """
+    settings = context.settings(WanSettings)
+    config: WanConfig = job.config
+    task = _task(job, settings)
+    ckpt_dir = settings.ckpt_dir if task == TASK else settings.vace_ckpt_dir
+    if ckpt_dir is None:
+        raise ModelUnavailable("no WAN weights are configured; set OURVIDZ_WAN_CKPT_DIR to their directory")
+    is_image = config.frame_num == 1
+    output = context.output_path("png" if is_image else "mp4")
+    options = {
+        "task": task,
+        "ckpt_dir": ckpt_dir,
+        "size": config.size,
+        "frame_num": config.frame_num,
+        "sample_steps": config.sample_steps,
+        "sample_guide_scale": config.sample_guide_scale,
+        "sample_solver": config.sample_solver.value,
+        "sample_shift": config.sample_shift,
+        "base_seed": job.seed,
+        "offload_model": settings.offload_model,
+        # As one argument: argparse takes "-neon" for an option, "--prompt=-neon" it does not.
+        "prompt": job.enhanced_prompt or job.prompt,
+        "save_file": output,
+    }
+    for role, reference in job.references:
+        if reference.path is None:
+            raise GenerationError(f"the {role} reference of job {job.id} was not fetched")
+        options[REFERENCE_OPTIONS[role]] = reference.path
+    if settings.script is None:
+        # Our own options; another script's command line ends with those above.
+        if uses_strength(job.reference_mode, is_video=not is_image):
+            options["reference_strength"] = config.reference_strength
+        if settings.use_job_negative_prompt and job.negative_prompt is not None:
+            options["negative_prompt"] = job.negative_prompt
+    program = ("-m", MODULE) if settings.script is None else (str(settings.script),)
+    return Command(
+        argv=(
+            settings.interpreter or sys.executable,
+            *program,
+            *(f"--{name}={value}".replace("\0", " ") for name, value in options.items()),
+        ),
+        env=command_environment(settings),
+        outputs=(output,),
+    )
+
+
+def generate_wan(job: Job, command: Command, context: JobContext) -> Generation:
+    """Run ``command`` and report what came of it."""
+    settings = context.settings(WanSettings)
+    if settings.script is not None:
+        # Nothing is known of what another script does with a reference.
+        artifacts = context.run(command)
+        return Generation(artifacts=_seeded(artifacts, job), facts={**_asked(job), "reference_method": "unknown"})
+    if settings.run_as is RunAs.SUBPROCESS:
+        artifacts = context.run(command)
+        return Generation(artifacts=_seeded(artifacts, job), facts=_reported(facts_of_file(artifacts[0].path)))
+    return _generate_here(job, command, context)
+
+
+def command_environment(settings: WanSettings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a WAN subprocess finds in its environment beside the engine's own."""
+    environment = {"PYTHONUNBUFFERED": "1"}
+    if settings.cuda_visible_devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = settings.cuda_visible_devices
+    if settings.hf_home is not None:
+        environment["HF_HOME"] = str(settings.hf_home)
+        environment["TRANSFORMERS_CACHE"] = str(settings.hf_home)
+        environment["HUGGINGFACE_HUB_CACHE"] = str(settings.hf_home / "hub")
+    if settings.pythonpath:
+        paths = (settings.pythonpath, environ.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return environment
+
+
+def facts_of_file(path: Path) -> dict[str, Any]:
+    """The facts that ``wan_generate`` wrote into a file, with their types."""
+    from ourvidz_core.engine.pictures import read_facts as read_picture_facts
+    from ourvidz_wan.video import read_facts as read_video_facts
+
+    read = read_picture_facts if path.suffix == IMAGE_SUFFIX else read_video_facts
+    return {
+        key: text if key in FACTS_IN_WORDS else json.loads(text)
+        for key, text in read(path).items()
+        if key not in FACTS_OF_FILE_FORMAT
+    }
+
+
+def arguments_of(command: Command) -> GenerateArguments:
+    """The checked options of a command that :func:`build_wan_command` made.
+
+    :raises ModelUnavailable: the checkpoint directory is not there.
+    :raises GenerationError: the command line asks for something that cannot be done.
+    """
+    argv = command.argv[command.argv.index(MODULE) + 1 :]
+    try:
+        return parse_arguments(argv)
+    except UsageError as error:
+        kind = ModelUnavailable if "--ckpt_dir" in str(error) else GenerationError
+        raise kind(str(error)) from error
+
+
+def _generate_here(job: Job, command: Command, context: JobContext) -> Generation:
+    from ourvidz_wan.checkpoints import load_models
+    from ourvidz_wan.generate import run
+
+    arguments = arguments_of(command)
+    models = context.models.get(
+        f"wan:{arguments.task.name}:{arguments.ckpt_dir}",
+        lambda: load_models(
+            arguments.ckpt_dir, arguments.task, device=context.device, offload=arguments.offload_model
+        ),
+        vram_gb=0.0 if arguments.offload_model else WEIGHTS_GB.get(arguments.task.name, 0.0),
+    )
+    result = run(arguments, models, context.progress)
+    artifact = Artifact(
+        path=result.path,
+        media_type="image/png" if result.frames is None else "video/mp4",
+        seed=job.seed,
+        width=result.width,
+        height=result.height,
+        frames=result.frames,
+    )
+    return Generation(artifacts=(artifact,), facts=_reported(result.facts))
+
+
+def _task(job: Job, settings: WanSettings) -> str:
+    wants_vace = job.reference_mode is not ReferenceMode.NONE and job.config.frame_num > 1
+    return settings.vace_task if wants_vace and settings.vace_ckpt_dir is not None else TASK
+
+
+def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if key not in FACTS_OF_JOB}
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    config: WanConfig = job.config
+    return {
+        "requested_size": config.size,
+        "frame_num": config.frame_num,
+        "solver": config.sample_solver.value,
+        "steps": config.sample_steps,
+        "guidance_scale": config.sample_guide_scale,
+        "shift": config.sample_shift,
+    }
+
+
+def _seeded(artifacts: tuple[Artifact, ...], job: Job) -> tuple[Artifact, ...]:
+    return tuple(attrs.evolve(artifact, seed=job.seed) for artifact in artifacts)

@@ -1,0 +1,124 @@
+"""``wan_generate``: one command line, run by the warm engine or as a process of its own.
+
+Imports torch only once the command line is known to be good.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from ourvidz_core.errors import OurVidzError
+from ourvidz_wan.arguments import GenerateArguments, UsageError, parse_arguments
+
+if TYPE_CHECKING:
+    from ourvidz_wan.checkpoints import WanModels
+
+OnProgress = Callable[[int, int], None]
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+#: What a shell reports of a program that SIGTERM ended.
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+@frozen(kw_only=True)
+class GenerateResult:
+    """A file that was written, and what is true of it; the file says the same."""
+
+    path: Path
+    width: int
+    height: int
+    #: None for an image.
+    frames: int | None
+    facts: Mapping[str, Any]
+
+
+def run(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> GenerateResult:
+    """Generate what ``arguments`` ask for with loaded ``models``, and write it to ``arguments.save_file``.
+
+    The one path for the engine and for the command line: the same arguments make the same bytes.
+    """
+    from PIL import Image
+
+    from ourvidz_core.engine.pictures import write_png
+    from ourvidz_wan.sampling import sample
+    from ourvidz_wan.video import write_video
+
+    made = sample(arguments, models, on_progress)
+    facts = {**made.facts, "prompt": arguments.prompt, "seed": arguments.base_seed}
+    height, width = made.frames.shape[1:3]
+    # Under another name first: a file under the asked-for name is a whole one.
+    unfinished = arguments.save_file.with_name(f".{arguments.save_file.name}.part")
+    try:
+        if arguments.frame_num == 1:
+            write_png(Image.fromarray(made.frames[0]), unfinished, facts)
+        else:
+            width, height = write_video(made.frames, unfinished, facts, fps=made.fps)
+        os.replace(unfinished, arguments.save_file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return GenerateResult(
+        path=arguments.save_file,
+        width=width,
+        height=height,
+        frames=None if arguments.frame_num == 1 else arguments.frame_num,
+        facts=made.facts,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Exit status 2: the command line cannot be done; 1: it failed."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"wan_generate: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        with _progress() as on_progress:
+            result = run(arguments, _load(arguments), on_progress)
+    except (OurVidzError, OSError) as error:
+        print(f"wan_generate: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    print(result.path)
+    return 0
+
+
+def _load(arguments: GenerateArguments) -> WanModels:
+    from ourvidz_core.engine.context import find_device
+    from ourvidz_wan.checkpoints import load_models
+
+    device = find_device() if arguments.device == "auto" else arguments.device
+    return load_models(arguments.ckpt_dir, arguments.task, device=device, offload=arguments.offload_model)
+
+
+@contextmanager
+def _progress() -> Iterator[OnProgress]:
+    """A bar on a terminal; elsewhere the lines that the engine reads."""
+    if not sys.stderr.isatty():
+        yield lambda step, total: print(f"step {step} of {total}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        sampling = progress.add_task("sampling", total=None)
+        yield lambda step, total: progress.update(sampling, completed=step, total=total)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    # An exception, so that unfinished files are removed on the way out.
+    raise SystemExit(EXIT_TERMINATED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The hooks of the WAN plugin. Light: what needs torch is imported when a job runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ourvidz_core.plugins.context import JobContext
+from ourvidz_core.plugins.hookspecs import hookimpl
+from ourvidz_core.wire.artifacts import Generation
+from ourvidz_core.wire.commands import Command
+from ourvidz_core.wire.job_types import JobType
+from ourvidz_core.wire.jobs import Job
+from ourvidz_core.wire.payloads import Payload
+from ourvidz_wan.execution import build_wan_command, generate_wan, prepare_wan_job
+from ourvidz_wan.job_types import JOB_TYPES
+from ourvidz_wan.jobs import parse_wan_job
+
+
+@hookimpl
+def register_job_types() -> Iterable[JobType]:
+    return JOB_TYPES
+
+
+@hookimpl
+def parse_job(job_type: JobType, payload: Payload) -> Job:
+    return parse_wan_job(job_type, payload)
+
+
+@hookimpl
+def prepare_job(job: Job, context: JobContext) -> Job:
+    return prepare_wan_job(job, context)
+
+
+@hookimpl
+def build_command(job: Job, context: JobContext) -> Command:
+    return build_wan_command(job, context)
+
+
+@hookimpl
+def generate(job: Job, command: Command, context: JobContext) -> Generation:
+    return generate_wan(job, command, context)

@@ -1,0 +1,301 @@
+"""Run a checked command line on loaded models: fit the references, sample, decode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import field, frozen
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ourvidz_core.errors import GenerationError, ReferenceInvalid
+from ourvidz_wan.arguments import GenerateArguments
+from ourvidz_wan.checkpoints import WanModels, make_scheduler
+from ourvidz_wan.conditioning import (
+    ConditionedScheduler,
+    FrameConditioner,
+    image_start_sigma,
+    noised,
+    pinned,
+    resembling,
+    single_start_sigma,
+)
+from ourvidz_wan.config import FRAMES_PER_LATENT, as_size, dimensions_of
+from ourvidz_wan.tasks import Pipeline
+from ourvidz_wan.video import read_video
+
+#: Called with the step that is done and the number of steps; may raise to stop.
+OnProgress = Callable[[int, int], None]
+#: Sides are whole numbers of patches: 8 pixels a latent, 2 latents a patch.
+PATCH_PIXELS = 16
+#: Encoding an 81-frame still takes a noticeable part of a second, and users try one picture often.
+CACHED_STILLS = 8
+_GREY = (128, 128, 128)
+
+
+@frozen(kw_only=True, eq=False)
+class Sample:
+    """The frames of one run, and what is true of how they were made."""
+
+    #: ``[frames, height, width, 3]``
+    frames: NDArray[np.uint8] = field(repr=False)
+    #: The normalised latents that were decoded, ``[1, channels, frames, height, width]``.
+    latents: torch.Tensor = field(repr=False)
+    fps: int
+    facts: Mapping[str, Any]
+
+
+@frozen(kw_only=True)
+class _Plan:
+    """How the references of a text-to-video run are met."""
+
+    method: str | None = None
+    conditioner: FrameConditioner | None = None
+    start_sigma: float | None = None
+    #: Clean latents to start from, where the start is not pure noise.
+    clean: torch.Tensor | None = None
+    strength: float | None = None
+
+
+@torch.no_grad()
+def sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> Sample:
+    """Make what ``arguments`` ask for. The same arguments and weights make the same frames.
+
+    :raises ReferenceInvalid: a reference video does not fit.
+    :raises GenerationError: the model's output is no number.
+    """
+    width, height = scaled_size(arguments.size, models.variant.size_scale)
+    runs = {Pipeline.TEXT: _run_text, Pipeline.IMAGE: _run_image, Pipeline.VACE: _run_vace}
+    latents, method, strength = runs[arguments.task.pipeline](arguments, models, (width, height), on_progress)
+    if not bool(torch.isfinite(latents).all()):
+        raise GenerationError(f"{models.name} produced values that are no numbers; try another seed or guidance scale")
+    facts = {
+        "wan_task": arguments.task.name,
+        "model": models.name,
+        "size": as_size(width, height),
+        "requested_size": arguments.size,
+        "frame_num": arguments.frame_num,
+        "fps": models.variant.fps,
+        "solver": arguments.sample_solver.value,
+        "steps": arguments.sample_steps,
+        "guidance_scale": arguments.sample_guide_scale,
+        "shift": arguments.sample_shift,
+        "reference_applied": method is not None,
+    }
+    if method is not None:
+        facts["reference_method"] = method
+    if strength is not None:
+        facts["reference_strength"] = strength
+    return Sample(frames=decode(models, latents), latents=latents, fps=models.variant.fps, facts=facts)
+
+
+def scaled_size(size: str, scale: float) -> tuple[int, int]:
+    """Width and height that a model of this scale makes of ``size``, in whole patches."""
+    width, height = (
+        max(PATCH_PIXELS, int(side * scale) // PATCH_PIXELS * PATCH_PIXELS) for side in dimensions_of(size)
+    )
+    return width, height
+
+
+def fit_image(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A reference picture at exactly ``size``: the largest centred part of that shape, never letterboxed."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    return ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
+
+
+def encode_still(models: WanModels, image: Image.Image, frames: int) -> torch.Tensor:
+    """The normalised latents of ``frames`` frames that all show ``image``.
+
+    The VAE is causal: the first latent frame is that of the picture alone, each later one
+    stands for four frames seen after all earlier ones.
+    """
+    pixels = np.asarray(image)
+    key = (hashlib.sha256(pixels.tobytes()).hexdigest(), frames)
+    if key not in models.stills:
+        vae: Any = models.pipeline.vae
+        still = torch.from_numpy(pixels.copy()).to(models.device, torch.float32) / 127.5 - 1.0
+        clip = still.permute(2, 0, 1)[None, :, None].expand(-1, -1, frames, -1, -1)
+        encoded = vae.encode(clip.to(vae.dtype)).latent_dist.mode().float()
+        mean, std = _latent_statistics(models)
+        models.stills[key] = (encoded - mean) / std
+        while len(models.stills) > CACHED_STILLS:
+            models.stills.popitem(last=False)
+    models.stills.move_to_end(key)
+    return models.stills[key]
+
+
+def decode(models: WanModels, latents: torch.Tensor) -> NDArray[np.uint8]:
+    """The frames of normalised ``latents``, ``[frames, height, width, 3]``."""
+    vae: Any = models.pipeline.vae
+    mean, std = _latent_statistics(models)
+    # In the order in which diffusers rounds it, so that its frames are matched to the bit.
+    video = vae.decode((latents / (1.0 / std) + mean).to(vae.dtype), return_dict=False)[0]
+    pixels = ((video[0] * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    frames: NDArray[np.uint8] = pixels.permute(1, 2, 3, 0).cpu().numpy()
+    return frames
+
+
+def _run_text(
+    arguments: GenerateArguments, models: WanModels, size: tuple[int, int], on_progress: OnProgress
+) -> tuple[torch.Tensor, str | None, float | None]:
+    plan = _plan(arguments, models, size)
+    scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift)
+    generator = _generator(arguments)
+    started: dict[str, Any] = {}
+    if plan.method is not None:
+        scheduler = ConditionedScheduler(scheduler, conditioner=plan.conditioner, start_sigma=plan.start_sigma)
+    if plan.clean is not None and plan.start_sigma is not None:
+        noise = torch.randn(plan.clean.shape, generator=generator).to(plan.clean)
+        started["latents"] = noised(plan.clean, noise, plan.start_sigma)
+    latents = _call(arguments, models, scheduler, size, on_progress, generator=generator, **started)
+    return latents, plan.method, plan.strength
+
+
+def _plan(arguments: GenerateArguments, models: WanModels, size: tuple[int, int]) -> _Plan:
+    def still(path: Path, frames: int) -> torch.Tensor:
+        return encode_still(models, fit_image(path, size), frames)
+
+    frames, strength = arguments.frame_num, arguments.reference_strength
+    start, end = arguments.first_frame, arguments.last_frame
+    # One frame cannot lead anywhere: whatever the reference stands for, the image is made from it.
+    single = arguments.image or ((start or end) if frames == 1 else None)
+    if single is not None and frames == 1:
+        return _Plan(
+            method="image_to_image",
+            clean=still(single, 1),
+            start_sigma=image_start_sigma(strength),
+            strength=strength,
+        )
+    if single is not None:
+        clip = still(single, frames)
+        return _Plan(
+            method="resembling_first_frame",
+            conditioner=resembling(clip[:, :, :1], strength),
+            clean=clip,
+            start_sigma=single_start_sigma(strength),
+            strength=strength,
+        )
+    if start is not None or end is not None:
+        return _Plan(
+            method="pinned_frames",
+            conditioner=pinned(
+                start=None if start is None else still(start, 1),
+                end=None if end is None else still(end, frames)[:, :, -1:],
+            ),
+        )
+    return _Plan()
+
+
+def _run_image(
+    arguments: GenerateArguments, models: WanModels, size: tuple[int, int], on_progress: OnProgress
+) -> tuple[torch.Tensor, str | None, float | None]:
+    first = arguments.image or arguments.first_frame
+    if first is None:
+        raise ReferenceInvalid(f"{arguments.task.name} needs a first frame")
+    pictures = {"image": fit_image(first, size)}
+    if arguments.last_frame is not None:
+        pictures["last_image"] = fit_image(arguments.last_frame, size)
+    scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift)
+    latents = _call(arguments, models, scheduler, size, on_progress, generator=_generator(arguments), **pictures)
+    return latents, "image_to_video_weights", None
+
+
+def _run_vace(
+    arguments: GenerateArguments, models: WanModels, size: tuple[int, int], on_progress: OnProgress
+) -> tuple[torch.Tensor, str | None, float | None]:
+    frames = arguments.frame_num
+    video = [Image.new("RGB", size, _GREY)] * frames
+    # White is generated, black is kept.
+    mask = [Image.new("RGB", size, "white")] * frames
+    if arguments.src_video is not None:
+        video = _fit_video(arguments.src_video, frames, size)
+    if arguments.src_mask is not None:
+        mask = _fit_video(arguments.src_mask, frames, size)
+    first = arguments.image or arguments.first_frame
+    for place, path in ((0, first), (frames - 1, arguments.last_frame)):
+        if path is not None:
+            video[place] = fit_image(path, size)
+            mask[place] = Image.new("RGB", size, "black")
+    references = [fit_image(path, size) for path in arguments.src_ref_images]
+    strength = arguments.reference_strength if arguments.image is not None else None
+    latents = _call(
+        arguments,
+        models,
+        make_scheduler(arguments.sample_solver, arguments.sample_shift),
+        size,
+        on_progress,
+        generator=_generator(arguments),
+        video=video,
+        mask=mask,
+        reference_images=references or None,
+        conditioning_scale=1.0 if strength is None else strength,
+    )
+    is_conditioned = bool(first or arguments.last_frame or arguments.src_video or references)
+    # The reference pictures' own latents stand before the video's.
+    return latents[:, :, len(references) :], "vace" if is_conditioned else None, strength
+
+
+def _call(
+    arguments: GenerateArguments,
+    models: WanModels,
+    scheduler: Any,
+    size: tuple[int, int],
+    on_progress: OnProgress,
+    **options: Any,
+) -> torch.Tensor:
+    """Run the diffusers pipeline up to the latents."""
+
+    def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_progress(step + 1, arguments.sample_steps)
+        return {}
+
+    negative_prompt = arguments.negative_prompt
+    if negative_prompt is None:
+        negative_prompt = models.variant.negative_prompt
+    models.pipeline.scheduler = scheduler
+    width, height = size
+    latents: torch.Tensor = models.pipeline(
+        prompt=arguments.prompt,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        num_frames=arguments.frame_num,
+        num_inference_steps=arguments.sample_steps,
+        guidance_scale=arguments.sample_guide_scale,
+        output_type="latent",
+        return_dict=False,
+        callback_on_step_end=step_ended,
+        **options,
+    )[0]
+    return latents
+
+
+def _generator(arguments: GenerateArguments) -> torch.Generator:
+    # On the CPU whatever the device, so that a seed means the same noise everywhere.
+    return torch.Generator("cpu").manual_seed(arguments.base_seed)
+
+
+def _latent_statistics(models: WanModels) -> tuple[torch.Tensor, torch.Tensor]:
+    config: Any = models.pipeline.vae.config
+
+    def channels(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, device=models.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+
+    return channels(config.latents_mean), channels(config.latents_std)
+
+
+def _fit_video(path: Path, frames: int, size: tuple[int, int]) -> list[Image.Image]:
+    try:
+        shown = read_video(path)
+    except (OSError, ValueError) as error:
+        raise ReferenceInvalid(f"{path.name} is not a readable video: {error}") from error
+    if len(shown) < frames:
+        lower = (len(shown) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+        raise ReferenceInvalid(f"{path.name} has {len(shown)} frames and {frames} are needed; use --frame_num {lower}")
+    return [ImageOps.fit(Image.fromarray(frame), size, Image.Resampling.LANCZOS) for frame in shown[:frames]]
