@@ -6,4 +6,56 @@ or extend the framework itself.
 
 from __future__ import annotations
 
+from ourvidz_core.errors import (
+    ArtifactError,
+    Fault,
+    GenerationError,
+    JobCancelled,
+    JobError,
+    JobTimeout,
+    ModelUnavailable,
+    OutOfMemory,
+    PayloadError,
+)
+from ourvidz_core.plugins.context import JobContext, Models
+from ourvidz_core.plugins.defaults import default_config, default_job, expected_seconds_of
+from ourvidz_core.plugins.hookspecs import hookimpl
+from ourvidz_core.wire.artifacts import Artifact, Generation
+from ourvidz_core.wire.commands import Command
+from ourvidz_core.wire.events import Event
+from ourvidz_core.wire.job_types import ContentType, JobType, Quality
+from ourvidz_core.wire.jobs import Job, Reference, ReferenceMode, References, seed_of
+from ourvidz_core.wire.payloads import Payload
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "Command",
+    "ContentType",
+    "Event",
+    "Fault",
+    "Generation",
+    "GenerationError",
+    "Job",
+    "JobCancelled",
+    "JobContext",
+    "JobError",
+    "JobTimeout",
+    "JobType",
+    "ModelUnavailable",
+    "Models",
+    "OutOfMemory",
+    "Payload",
+    "PayloadError",
+    "Quality",
+    "Reference",
+    "ReferenceMode",
+    "References",
+    "default_config",
+    "default_job",
+    "expected_seconds_of",
+    "hookimpl",
+    "seed_of",
+]

@@ -60,6 +60,15 @@ class AssetFormat(StrEnum):
     OBJECT = "object"
 
 
+class LogLevel(StrEnum):
+    """How much is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 def _positive(_: object, attribute: Any, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{attribute.name} must be above 0, not {value}")
@@ -86,6 +95,7 @@ class Settings:
     lease_seconds: float = option(default=60.0, validator=_positive, help="A job whose worker is silent for this long goes to another")
     max_attempts: int = option(default=3, validator=_positive, help="Tries of one job, the first included, before it fails for good")
     retry_delay_seconds: float = option(default=5.0, validator=_not_negative, help="Wait before the second try; doubles with each further one")
+    drain_seconds: float = option(default=30.0, validator=_not_negative, help="After SIGTERM running jobs may finish for this long; then they are handed back")
     duplicate_window_seconds: float = option(default=7 * 86400.0, validator=_positive, help="An id that completed is dropped when it is pushed again within this time")
 
     # -- storage
@@ -129,7 +139,7 @@ class Settings:
     work_dir: Path = option(factory=lambda: Path(tempfile.gettempdir()) / "ourvidz-work", help="Where jobs have their temporary directories")
     min_free_disk_mb: float = option(default=500.0, validator=_not_negative, help="With less free disk than this a worker stops taking jobs")
     worker_name: str = option(factory=lambda: f"{socket.gethostname()}-{os.getpid()}", help="Name of this worker in records and logs")
-    log_level: str = option(default="info", help="debug, info, warning or error")
+    log_level: LogLevel = option(default=LogLevel.INFO, help="How much is logged: debug, info, warning or error")
 
     @property
     def redis_address(self) -> str | None:
@@ -156,8 +166,8 @@ def load(environ: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
 
     :raises SettingsError: naming the setting, and what it may be.
     """
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return attrs.evolve(_load_class(Settings, "", environ), **given)
+    given = {variable_of(name): str(value) for name, value in overrides.items() if value is not None}
+    return _load_class(Settings, "", {**environ, **given})
 
 
 def load_section(section: type[Section], environ: Mapping[str, str] = os.environ) -> Section:

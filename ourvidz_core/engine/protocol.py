@@ -93,8 +93,10 @@ class Channel:
                 }
             case JobFinished(finished=finished):
                 body = {
-                    **converter.unstructure(attrs.evolve(finished, job=None)),  # type: ignore[arg-type]
                     "job": encode_job(finished.job),
+                    "generation": converter.unstructure(finished.generation),
+                    "seconds": finished.seconds,
+                    "device_facts": dict(finished.device_facts),
                 }
             case JobBroken(error=error):
                 body = encode_error(error)

@@ -1,0 +1,71 @@
+"""``ourvidz job-types`` and ``ourvidz plugins``: what is installed. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import logging
+
+import attrs
+import click
+
+from ourvidz_core.cli.common import open_registry, open_settings, print_json, table
+from ourvidz_core.wire.payloads import converter
+
+
+@click.command("job-types")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+def job_types(as_json: bool, markdown: bool) -> None:
+    """List the job types that the installed plugins own."""
+    registry = open_registry(open_settings(at_least=logging.ERROR))
+    if as_json:
+        print_json(
+            [
+                {**converter.unstructure(job_type), "plugin": registry.get(job_type.name).distribution}
+                for job_type in registry.job_types
+            ]
+        )
+        return
+    rows = [
+        (
+            job_type.name,
+            job_type.queue,
+            job_type.content_type.value,
+            job_type.quality.value if job_type.quality else "-",
+            job_type.bucket,
+            f"{job_type.vram_gb:g}",
+            f"{job_type.expected_seconds:g}" if job_type.expected_seconds is not None else "-",
+            registry.get(job_type.name).distribution,
+        )
+        for job_type in registry.job_types
+    ]
+    head = ("JOB TYPE", "QUEUE", "MAKES", "QUALITY", "BUCKET", "VRAM GIB", "EXPECTED S", "PLUGIN")
+    click.echo(table(head, rows, markdown=markdown))
+
+
+@click.group()
+def plugins() -> None:
+    """Look at the installed plugins."""
+
+
+@plugins.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_plugins(as_json: bool) -> None:
+    """List every plugin that was found, loaded or not, and why not."""
+    registry = open_registry(open_settings(at_least=logging.CRITICAL))
+    if as_json:
+        print_json([attrs.asdict(record) for record in registry.records])
+        return
+    if not registry.records:
+        click.echo("no plugins are installed; pip install ourvidz-sdxl, for example")
+        return
+    rows = [
+        (
+            record.distribution,
+            record.version,
+            record.status.value,
+            " ".join(record.job_types) if record.status == "loaded" else record.reason,
+            " ".join(hook for hook in record.hooks if hook != "register_job_types"),
+        )
+        for record in registry.records
+    ]
+    click.echo(table(("DISTRIBUTION", "VERSION", "STATUS", "JOB TYPES", "HOOKS"), rows))

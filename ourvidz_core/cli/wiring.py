@@ -1,0 +1,144 @@
+"""Makes the parts that the settings ask for. Nothing else decides which client is used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from ourvidz_core.settings import Settings, engine_environment
+
+if TYPE_CHECKING:
+    from ourvidz_core.delivery.callbacks import CallbackClient
+    from ourvidz_core.delivery.queue import Queue
+    from ourvidz_core.delivery.references import ReferenceSource
+    from ourvidz_core.delivery.storage import Storage
+    from ourvidz_core.plugins.registry import Registry
+    from ourvidz_core.worker.runner import JobRunner
+    from ourvidz_core.worker.slot import EngineSlot
+    from ourvidz_core.worker.worker import Worker
+    from ourvidz_core.worker.workspace import Workspace
+
+
+def make_queue(settings: Settings) -> Queue:
+    """The Redis that the settings name, or an embedded one."""
+    from ourvidz_core.delivery.redis_queue import RedisQueue
+
+    address = settings.redis_address
+    if address is not None:
+        return RedisQueue.connect(
+            address, pop_side=settings.pop_side, duplicate_window=settings.duplicate_window_seconds
+        )
+    from ourvidz_core.delivery.embedded import EmbeddedRedis
+
+    server = EmbeddedRedis(settings.state_dir / "redis")
+    return RedisQueue.connect(
+        server.address,
+        pop_side=settings.pop_side,
+        duplicate_window=settings.duplicate_window_seconds,
+        on_close=server.close,
+    )
+
+
+def make_storage(settings: Settings) -> Storage:
+    """Supabase Storage where an address is set, else a directory."""
+    from ourvidz_core.delivery.storage import DirectoryStorage, SupabaseStorage
+
+    if settings.supabase_url and settings.storage_dir is None:
+        return SupabaseStorage(
+            settings.supabase_url,
+            settings.supabase_service_key.get_secret_value(),
+            asset_format=settings.asset_format,
+            signed_url_seconds=settings.signed_url_seconds,
+            timeout_seconds=settings.upload_timeout_seconds,
+        )
+    return DirectoryStorage(
+        settings.storage_dir or settings.state_dir / "assets", asset_format=settings.asset_format
+    )
+
+
+def make_callbacks(settings: Settings) -> CallbackClient:
+    """The endpoint that is set, Supabase's where its address is, else a directory."""
+    from ourvidz_core.delivery.callbacks import DirectoryCallbacks, HttpCallbacks
+
+    url = settings.callback_url
+    if url is None and settings.supabase_url and settings.callback_dir is None:
+        url = f"{settings.supabase_url.rstrip('/')}/functions/v1/job-callback"
+    if url is None:
+        return DirectoryCallbacks(settings.callback_dir or settings.state_dir / "callbacks")
+    key = settings.callback_key or settings.supabase_service_key
+    return HttpCallbacks(
+        url,
+        key=key.get_secret_value(),
+        secret=settings.callback_secret.get_secret_value(),
+        timeout_seconds=settings.callback_timeout_seconds,
+    )
+
+
+def make_references(settings: Settings) -> ReferenceSource:
+    """Fetches references over HTTP, within the settings' limits."""
+    from ourvidz_core.delivery.references import HttpReferences
+
+    return HttpReferences(
+        allowed_hosts=settings.reference_allowed_hosts,
+        max_bytes=int(settings.reference_max_mb * 1e6),
+        max_pixels=int(settings.reference_max_megapixels * 1e6),
+        timeout_seconds=settings.reference_timeout_seconds,
+    )
+
+
+@frozen(kw_only=True)
+class Machine:
+    """What takes a job from its message to its outcome on this machine."""
+
+    runner: JobRunner
+    slot: EngineSlot
+    workspace: Workspace
+
+
+@contextlib.contextmanager
+def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
+    """A runner with an engine process of its own; all of it ends with the block."""
+    from ourvidz_core.engine.host import EngineProcess
+    from ourvidz_core.worker.runner import JobRunner
+    from ourvidz_core.worker.slot import EngineSlot
+    from ourvidz_core.worker.workspace import Workspace
+
+    workspace = Workspace(settings.work_dir)
+    storage = make_storage(settings)
+    engine = EngineProcess(registry, engine_environment(settings), start_seconds=settings.engine_start_seconds)
+    slot = EngineSlot(engine)
+    runner = JobRunner(
+        registry=registry,
+        engine=slot,
+        references=make_references(settings),
+        storage=storage,
+        workspace=workspace,
+        bucket_limits_mb=settings.bucket_limits_mb,
+    )
+    try:
+        yield Machine(runner=runner, slot=slot, workspace=workspace)
+    finally:
+        slot.close()
+        storage.close()
+        workspace.close()
+
+
+@contextlib.contextmanager
+def make_worker(settings: Settings, registry: Registry, queue: Queue, queues: Sequence[str]) -> Iterator[Worker]:
+    """A worker for ``queues``; all but ``queue`` ends with the block."""
+    from ourvidz_core.worker.worker import Worker, WorkerParts
+
+    with make_machine(settings, registry) as machine:
+        parts = WorkerParts(
+            queue=queue,
+            callbacks=make_callbacks(settings),
+            runner=machine.runner,
+            slot=machine.slot,
+            registry=registry,
+            workspace=machine.workspace,
+            settings=settings,
+        )
+        yield Worker(parts, queues)

@@ -1,0 +1,116 @@
+"""Delivers callbacks from the queue's books until the endpoint accepts them or they are given up."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import attrs
+
+from ourvidz_core.delivery.callbacks import CallbackClient, retry_delay
+from ourvidz_core.delivery.queue import Queue, QueuedCallback
+from ourvidz_core.errors import CallbackRejected, CallbackUndelivered, QueueError
+
+logger = logging.getLogger(__name__)
+
+#: Callbacks in flight at once, so that one slow answer does not hold up the others.
+PARALLEL = 4
+_LONGEST_WAIT = 5.0
+
+
+class CallbackDispatcher:
+    """A thread that sends what is due. Any worker may deliver any callback."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        queues: Sequence[str],
+        client: CallbackClient,
+        *,
+        first_retry: float,
+        give_up: float,
+        request_timeout: float,
+    ) -> None:
+        self._queue = queue
+        self._queues = tuple(queues)
+        self._client = client
+        self._first_retry = first_retry
+        self._give_up = give_up
+        # Longer than a request can take, so that nobody sends the same one meanwhile.
+        self._hold = 2 * request_timeout + 10
+        self._wake = threading.Event()
+        self._stopped = threading.Event()
+        self._refused: set[str] = set()
+        self._random = random.Random()
+        self._thread = threading.Thread(target=self._loop, name="callbacks", daemon=True)
+        self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="callback")
+
+    def start(self) -> None:
+        """Begin to deliver."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Say that a callback was added."""
+        self._wake.set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every callback there is was tried, and those left were refused."""
+        return sum(self._queue.depth(queue).callbacks for queue in self._queues) <= len(self._refused)
+
+    def close(self, timeout: float = 20.0) -> None:
+        """Finish the requests that are out and stop; the rest stays in the queue's books."""
+        self._stopped.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _loop(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                taken, soonest = self._queue.take_callbacks(self._queues, limit=PARALLEL, hold=self._hold)
+                list(self._pool.map(self._deliver, taken))
+            except QueueError as error:
+                logger.warning("callbacks wait: %s", error)
+                taken, soonest = [], None
+            if not taken:
+                self._wake.wait(_LONGEST_WAIT if soonest is None else min(soonest, _LONGEST_WAIT))
+                self._wake.clear()
+
+    def _deliver(self, callback: QueuedCallback) -> None:
+        now = time.time()
+        callback = attrs.evolve(callback, first_tried_at=callback.first_tried_at or now)
+        try:
+            self._client.send(callback.callback_id, callback.job_id, callback.body)
+        except CallbackRejected as error:
+            self._settle_refusal(callback, str(error), is_final=True)
+        except CallbackUndelivered as error:
+            is_final = now - callback.first_tried_at >= self._give_up
+            self._settle_refusal(callback, str(error), is_final=is_final, wait=error.retry_after_seconds)
+        except Exception as error:  # a client's fault must not lose the callback
+            logger.exception("callback of job %s could not be sent", callback.job_id)
+            self._settle_refusal(callback, f"{type(error).__name__}: {error}", is_final=False)
+        else:
+            self._refused.discard(callback.callback_id)
+            self._queue.callback_delivered(callback)
+            logger.info("callback of job %s was delivered", callback.job_id)
+
+    def _settle_refusal(
+        self, callback: QueuedCallback, reason: str, *, is_final: bool, wait: float | None = None
+    ) -> None:
+        callback = attrs.evolve(callback, failures=callback.failures + 1, reason=reason)
+        if is_final:
+            self._refused.discard(callback.callback_id)
+            logger.error("callback of job %s is given up after %s tries: %s", callback.job_id, callback.failures, reason)
+            self._queue.callback_given_up(callback)
+            return
+        delay = retry_delay(callback.failures, first_seconds=self._first_retry, random=self._random)
+        delay = max(delay, wait or 0.0)
+        self._refused.add(callback.callback_id)
+        logger.warning("callback of job %s goes out again in %.1f s: %s", callback.job_id, delay, reason)
+        self._queue.callback_postponed(callback, delay=delay)

@@ -1,0 +1,106 @@
+"""What a callback says: built from what was measured, never from what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import ourvidz_core
+from ourvidz_core.errors import JobError, MetadataClash
+from ourvidz_core.plugins.registry import OwnedJobType
+from ourvidz_core.wire.artifacts import Asset, FinishedGeneration
+from ourvidz_core.wire.callbacks import Callback, JobStatus
+from ourvidz_core.wire.jobs import Job
+
+
+def processing_report(job: Job) -> Callback:
+    """The callback that says that work on the job has begun."""
+    return Callback(
+        job_id=job.id,
+        status=JobStatus.PROCESSING,
+        metadata={"job_type": job.job_type, "worker_version": ourvidz_core.__version__},
+    )
+
+
+def completed_report(
+    owned: OwnedJobType, finished: FinishedGeneration, assets: Sequence[Asset], attempts: Mapping[str, Any]
+) -> Callback:
+    """The callback of a job whose assets are all stored.
+
+    :raises MetadataClash: a plugin reports what core or another plugin reports too.
+    """
+    job, artifacts = finished.job, finished.generation.artifacts
+    measured: dict[str, Any] = {
+        "seed": job.seed,
+        "seeds": [artifact.seed for artifact in artifacts],
+        "generation_time": round(finished.seconds, 3),
+        "num_images": len(artifacts),
+        "job_type": job.job_type,
+        "content_type": owned.job_type.content_type.value,
+        "frame_num": artifacts[0].frames or 1,
+        "reference_mode": job.reference_mode.value,
+        "bucket": assets[0].bucket,
+        "assets_bytes": [asset.size_bytes for asset in assets],
+        "ignored_config": dict(job.ignored_config),
+        "worker_version": ourvidz_core.__version__,
+        "plugin": owned.distribution,
+        **finished.device_facts,
+        **attempts,
+    }
+    if job.expected_seconds is not None:
+        measured["expected_time"] = job.expected_seconds
+        measured["performance_ratio"] = round(finished.seconds / job.expected_seconds, 3)
+    metadata = owned.enrich_metadata(job, finished.generation, _with_facts(owned, measured, finished))
+    return Callback(
+        job_id=job.id,
+        status=JobStatus.COMPLETED,
+        assets=tuple(asset.reported_as for asset in assets),
+        enhanced_prompt=job.enhanced_prompt,
+        metadata=metadata,
+    )
+
+
+def failed_report(
+    job_id: str, error: JobError, *, job_type: str | None, job: Job | None, attempts: Mapping[str, Any]
+) -> Callback:
+    """The callback of a job that is over without a result."""
+    known: dict[str, Any] = dict(job.facts) if job else {}
+    if job is not None:
+        known |= {"seed": job.seed, "reference_mode": job.reference_mode.value}
+    if job_type is not None:
+        known["job_type"] = job_type
+    return Callback(
+        job_id=job_id,
+        status=JobStatus.FAILED,
+        error_message=error.message,
+        enhanced_prompt=job.enhanced_prompt if job else None,
+        metadata={
+            **known,
+            **error.details,
+            "error_type": error.error_type,
+            "error_timestamp": datetime.now(UTC).isoformat(),
+            "worker_version": ourvidz_core.__version__,
+            **attempts,
+        },
+    )
+
+
+def attempt_facts(attempt: int, reasons: Sequence[str]) -> dict[str, Any]:
+    """How often the job was tried, and why not only once."""
+    return {"attempts": attempt, **({"attempt_reasons": list(reasons)} if reasons else {})}
+
+
+def _with_facts(
+    owned: OwnedJobType, measured: Mapping[str, Any], finished: FinishedGeneration
+) -> Mapping[str, Any]:
+    merged = dict(measured)
+    for facts in (finished.job.facts, finished.generation.facts):
+        for key, value in facts.items():
+            if key in merged:
+                raise MetadataClash(
+                    f"{owned.distribution} reports metadata key {key!r}, which is reported already;"
+                    " rename it in the plugin's facts"
+                )
+            merged[key] = value
+    return merged

@@ -1,0 +1,277 @@
+"""One job from its message to its outcome. Knows no queue and sends no callback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import stamina
+from attrs import field, frozen
+
+from ourvidz_core.delivery.references import ReferenceSource
+from ourvidz_core.delivery.storage import Storage
+from ourvidz_core.engine.host import Engine, ignore_progress
+from ourvidz_core.errors import (
+    AssetRejected,
+    DiskFull,
+    InternalError,
+    JobCancelled,
+    JobError,
+)
+from ourvidz_core.plugins.registry import OwnedJobType, Registry
+from ourvidz_core.wire import events
+from ourvidz_core.wire.artifacts import Artifact, Asset, FinishedGeneration
+from ourvidz_core.wire.callbacks import Callback
+from ourvidz_core.wire.jobs import Job, Reference
+from ourvidz_core.wire.payloads import decode_message, job_id_of, structure_payload
+from ourvidz_core.worker.reports import completed_report, failed_report
+from ourvidz_core.worker.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+#: Tries of one upload or fetch before the whole job is tried again, which costs a generation.
+_CLIENT_ATTEMPTS = 4
+_CLIENT_SECONDS = 60.0
+
+
+@frozen(kw_only=True)
+class Outcome:
+    """How one attempt at a job ended."""
+
+    #: None where the message has no id that a callback could name.
+    callback: Callback | None
+    job_id: str | None = None
+    job_type: str | None = None
+    #: None where the job completed.
+    error: JobError | None = None
+    job: Job | None = field(default=None, repr=False)
+    assets: tuple[Asset, ...] = ()
+    #: Wall time of the attempt.
+    seconds: float = 0.0
+
+
+@frozen(kw_only=True)
+class Watch:
+    """What a caller of :meth:`JobRunner.run` is told while the job goes on, and how it stops it."""
+
+    on_job: Callable[[Job], None] = lambda job: None
+    on_progress: Callable[[str, int, int], None] = ignore_progress
+    on_generated: Callable[[], None] = lambda: None
+    cancelled: threading.Event = field(factory=threading.Event)
+
+
+class JobRunner:
+    """Walks jobs: parse, fetch references, generate, store, report. Thread-safe if its engine is."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        engine: Engine,
+        references: ReferenceSource,
+        storage: Storage,
+        workspace: Workspace,
+        bucket_limits_mb: Mapping[str, float] | None = None,
+    ) -> None:
+        self._registry = registry
+        self._engine = engine
+        self._references = references
+        self._storage = storage
+        self._workspace = workspace
+        self._bucket_limits_mb = dict(bucket_limits_mb or {})
+
+    def parse(self, raw: bytes) -> Job:
+        """The job that a message describes; nothing is fetched and nothing runs.
+
+        :raises PayloadError: the message is wrong.
+        """
+        return self._parse(decode_message(raw))[1]
+
+    def run(
+        self, raw: bytes, *, attempt: int = 1, attempts: Mapping[str, Any] | None = None, watch: Watch | None = None
+    ) -> Outcome:
+        """Take one message to its outcome. Never raises a :class:`JobError`: it is in the outcome.
+
+        ``attempts`` are facts about earlier tries, for the callback's metadata.
+        """
+        walk = _Walk(attempt=attempt, attempts=attempts or {}, watch=watch or Watch())
+        started = time.monotonic()
+        try:
+            try:
+                callback, assets = self._walk(raw, walk)
+            except OSError as error:
+                raise _of_this_machine(error) from error
+        except JobError as error:
+            return self._failed(walk, error, time.monotonic() - started)
+        except Exception as error:
+            logger.exception("job %s failed in the worker itself", walk.job_id)
+            return self._failed(
+                walk, InternalError(f"the worker failed: {type(error).__name__}: {error}"), time.monotonic() - started
+            )
+        seconds = time.monotonic() - started
+        assert walk.job is not None
+        self._registry.report(
+            events.JobCompleted(
+                job_id=walk.job.id, job_type=walk.job.job_type, assets=len(assets), seconds=seconds
+            )
+        )
+        return Outcome(
+            callback=callback,
+            job_id=walk.job.id,
+            job_type=walk.job.job_type,
+            job=walk.job,
+            assets=assets,
+            seconds=seconds,
+        )
+
+    def _walk(self, raw: bytes, walk: _Walk) -> tuple[Callback, tuple[Asset, ...]]:
+        message = decode_message(raw)
+        walk.job_id = job_id_of(message)
+        walk.job_type = message["type"] if isinstance(message.get("type"), str) else None
+        owned, job = self._parse(message)
+        walk.job = job
+        self._registry.report(events.JobStarted(job_id=job.id, job_type=job.job_type, attempt=walk.attempt))
+        walk.watch.on_job(job)
+        with self._workspace.job_directory() as directory:
+            walk.job = job = self._fetch_references(job, directory, walk.watch)
+            finished = self._generate(owned, job, directory, walk.watch)
+            walk.job = finished.job
+            walk.watch.on_generated()
+            self._registry.report(
+                events.GenerationFinished(
+                    job_id=job.id,
+                    job_type=job.job_type,
+                    artifacts=len(finished.generation.artifacts),
+                    seconds=finished.seconds,
+                )
+            )
+            assets = self._store(owned, finished, walk.watch)
+        return completed_report(owned, finished, assets, walk.attempts), assets
+
+    def _parse(self, message: Mapping[str, Any]) -> tuple[OwnedJobType, Job]:
+        payload = structure_payload(message)
+        owned = self._registry.get(payload.type)
+        return owned, owned.parse_job(payload)
+
+    def _fetch_references(self, job: Job, directory: Path, watch: Watch) -> Job:
+        started = time.monotonic()
+        fetched: dict[str, Reference] = {}
+        for role, reference in job.references:
+            for attempt in _patiently():
+                _stop_if_cancelled(watch)
+                with attempt:
+                    fetched[role] = self._references.fetch(reference, directory, f"reference_{role}")
+        if not fetched:
+            return job
+        self._registry.report(
+            events.ReferencesFetched(
+                job_id=job.id, job_type=job.job_type, roles=tuple(fetched), seconds=time.monotonic() - started
+            )
+        )
+        return attrs.evolve(job, references=job.references.replace(fetched))
+
+    def _generate(self, owned: OwnedJobType, job: Job, directory: Path, watch: Watch) -> FinishedGeneration:
+        def on_progress(stage: str, step: int, total: int) -> None:
+            watch.on_progress(stage, step, total)
+            self._registry.report(
+                events.GenerationProgressed(
+                    job_id=job.id, job_type=job.job_type, stage=stage, step=step, total=total
+                )
+            )
+
+        _stop_if_cancelled(watch)
+        return self._engine.run(
+            job,
+            work_dir=directory,
+            timeout_seconds=owned.job_type.timeout_seconds,
+            on_progress=on_progress,
+            cancelled=watch.cancelled,
+        )
+
+    def _store(self, owned: OwnedJobType, finished: FinishedGeneration, watch: Watch) -> tuple[Asset, ...]:
+        job = finished.job
+        chosen = [(artifact, owned.choose_bucket(job, artifact)) for artifact in finished.generation.artifacts]
+        for artifact, bucket in chosen:  # all limits first: a job that cannot end well uploads nothing
+            self._refuse_above_limit(owned, artifact, bucket)
+        assets = []
+        for index, (artifact, bucket) in enumerate(chosen):
+            path = f"{job.user_id}/{job.id}_{index}.{owned.job_type.file_extension}"
+            for attempt in _patiently():
+                _stop_if_cancelled(watch)
+                with attempt:
+                    asset = self._storage.store(
+                        artifact.path, bucket=bucket, path=path, media_type=artifact.media_type
+                    )
+            assets.append(asset)
+            self._registry.report(
+                events.AssetStored(
+                    job_id=job.id, job_type=job.job_type, bucket=bucket, path=path, size_bytes=asset.size_bytes
+                )
+            )
+        return tuple(assets)
+
+    def _refuse_above_limit(self, owned: OwnedJobType, artifact: Artifact, bucket: str) -> None:
+        limit_mb = self._bucket_limits_mb.get(bucket, owned.job_type.max_asset_mb)
+        size_mb = artifact.path.stat().st_size / 1e6
+        if size_mb > limit_mb:
+            raise AssetRejected(
+                f"the result has {size_mb:.2f} MB and bucket {bucket} takes {limit_mb:g} MB;"
+                " raise the bucket's limit and OURVIDZ_BUCKET_LIMITS_MB together, or ask for less",
+                details={"asset_mb": round(size_mb, 3), "bucket_limit_mb": limit_mb},
+            )
+
+    def _failed(self, walk: _Walk, error: JobError, seconds: float) -> Outcome:
+        callback = None
+        if walk.job_id is not None:
+            callback = failed_report(
+                walk.job_id, error, job_type=walk.job_type, job=walk.job, attempts=walk.attempts
+            )
+        return Outcome(
+            callback=callback,
+            job_id=walk.job_id,
+            job_type=walk.job_type,
+            error=error,
+            job=walk.job,
+            seconds=seconds,
+        )
+
+
+@attrs.define(kw_only=True)
+class _Walk:
+    """What is known of a job so far, for the report if it fails now."""
+
+    attempt: int
+    attempts: Mapping[str, Any]
+    watch: Watch
+    job_id: str | None = None
+    job_type: str | None = None
+    job: Job | None = None
+
+
+def _patiently() -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """Tries with growing waits, for what a client says may work later."""
+
+    def may_work_later(error: Exception) -> bool:
+        return isinstance(error, JobError) and error.is_transient and not isinstance(error, DiskFull)
+
+    return iter(
+        stamina.retry_context(on=may_work_later, attempts=_CLIENT_ATTEMPTS, timeout=_CLIENT_SECONDS, wait_max=10.0)
+    )
+
+
+def _stop_if_cancelled(watch: Watch) -> None:
+    if watch.cancelled.is_set():
+        raise JobCancelled("the job was cancelled")
+
+
+def _of_this_machine(error: OSError) -> JobError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"no room is left on the worker's disk: {error}; free some, or set OURVIDZ_WORK_DIR")
+    return InternalError(f"the worker failed: {type(error).__name__}: {error}")

@@ -1,0 +1,76 @@
+"""The engine as jobs share it: one at a time, in order, with a guess of when it is free."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from ourvidz_core.engine.host import Engine, OnProgress, ignore_progress
+from ourvidz_core.wire.artifacts import FinishedGeneration
+from ourvidz_core.wire.jobs import Job
+
+
+class EngineSlot:
+    """Gives the engine to one job after another, in the order in which they asked."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._turn = threading.Condition()
+        self._waiting: deque[object] = deque()
+        self._stage_started: float | None = None
+        self._seconds_left: float | None = None
+
+    def run(
+        self,
+        job: Job,
+        *,
+        work_dir: Path,
+        timeout_seconds: float,
+        on_progress: OnProgress = ignore_progress,
+        cancelled: threading.Event | None = None,
+    ) -> FinishedGeneration:
+        """Generate ``job`` when its turn comes; see :meth:`~ourvidz_core.engine.host.Engine.run`."""
+        stage_of: list[str] = []
+
+        def watched(stage: str, step: int, total: int) -> None:
+            self._estimate(stage, step, total, is_new=stage_of != [stage])
+            stage_of[:] = [stage]
+            on_progress(stage, step, total)
+
+        ticket = object()
+        with self._turn:
+            self._waiting.append(ticket)
+            self._turn.wait_for(lambda: self._waiting[0] is ticket)
+            self._stage_started = self._seconds_left = None
+        try:
+            return self._engine.run(
+                job,
+                work_dir=work_dir,
+                timeout_seconds=timeout_seconds,
+                on_progress=watched,
+                cancelled=cancelled,
+            )
+        finally:
+            with self._turn:
+                self._waiting.popleft()
+                self._turn.notify_all()
+
+    def is_nearly_free(self, seconds: float) -> bool:
+        """Whether one job has the engine, none waits for it, and it is likely to end within ``seconds``."""
+        with self._turn:
+            return len(self._waiting) == 1 and self._seconds_left is not None and self._seconds_left <= seconds
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.close()
+
+    def _estimate(self, stage: str, step: int, total: int, *, is_new: bool) -> None:
+        now = time.monotonic()
+        with self._turn:
+            if is_new or self._stage_started is None:
+                self._stage_started = now
+                self._seconds_left = None
+            elif step > 0:
+                self._seconds_left = (now - self._stage_started) / step * (total - step)
