@@ -15,7 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from ourvidz_core.errors import QueueUnavailable
 
@@ -59,16 +61,20 @@ class EmbeddedRedis:
             except BlockingIOError:
                 pass  # others still use it
             else:
-                with contextlib.suppress(RedisError), redis.Redis(unix_socket_path=str(self._socket)) as client:
+                with contextlib.suppress(RedisError), self._client() as client:
                     client.shutdown()
             self._use.close()
 
     def _answers(self) -> bool:
         try:
-            with redis.Redis(unix_socket_path=str(self._socket), socket_timeout=5) as client:
+            with self._client() as client:
                 return bool(client.ping())
         except RedisError:
             return False
+
+    def _client(self) -> redis.Redis:
+        # The client's own retries would make a start wait for a server that is not there yet.
+        return redis.Redis(unix_socket_path=str(self._socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
 
     def _start(self) -> None:
         log = self._directory / "redis.log"

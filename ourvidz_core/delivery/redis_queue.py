@@ -17,9 +17,11 @@ from typing import Any, cast
 
 import attrs
 import redis
+from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
 
 from ourvidz_core.delivery.queue import (
     Claim,
@@ -70,7 +72,14 @@ class RedisQueue:
         :raises QueueUnsupported: it is too old, or would throw jobs away when its memory is full.
         """
         try:
-            client = redis.Redis.from_url(address, socket_timeout=30, socket_connect_timeout=5, health_check_interval=30)
+            # Without the client's own retries: a script whose reply was lost must not run twice unseen.
+            client = redis.Redis.from_url(
+                address,
+                socket_timeout=_BLOCK_SECONDS + 10,
+                socket_connect_timeout=5,
+                health_check_interval=30,
+                retry=Retry(NoBackoff(), 0),
+            )
         except ValueError as error:
             raise QueueError(f"REDIS_URL cannot be used: {error}") from None
         made = cls(client, **options)
