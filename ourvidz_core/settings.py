@@ -88,69 +88,148 @@ class Settings:
     """Everything that an operator can set of the framework itself."""
 
     # -- queue
-    redis_url: SecretStr = secret(factory=_secret_default, help="Redis as redis://, rediss:// or unix://. Without it an embedded Redis is started")
-    upstash_redis_rest_url: str | None = option(default=None, help="REST address of a managed Redis; its native address is derived from it")
-    upstash_redis_rest_token: SecretStr = secret(factory=_secret_default, help="Token that belongs to upstash_redis_rest_url")
-    pop_side: PopSide = option(default=PopSide.RIGHT, help="End of the list that holds the oldest job: right for producers that LPUSH, left for RPUSH")
-    lease_seconds: float = option(default=60.0, validator=_positive, help="A job whose worker is silent for this long goes to another")
-    max_attempts: int = option(default=3, validator=_positive, help="Tries of one job, the first included, before it fails for good")
-    retry_delay_seconds: float = option(default=5.0, validator=_not_negative, help="Wait before the second try; doubles with each further one")
-    drain_seconds: float = option(default=30.0, validator=_not_negative, help="After SIGTERM running jobs may finish for this long; then they are handed back")
-    duplicate_window_seconds: float = option(default=7 * 86400.0, validator=_positive, help="An id that completed is dropped when it is pushed again within this time")
+    redis_url: SecretStr = secret(
+        factory=_secret_default, help="Redis as redis://, rediss:// or unix://. Without it an embedded Redis is started"
+    )
+    upstash_redis_rest_url: str | None = option(
+        default=None, help="REST address of a managed Redis; its native address is derived from it"
+    )
+    upstash_redis_rest_token: SecretStr = secret(
+        factory=_secret_default, help="Token that belongs to upstash_redis_rest_url"
+    )
+    pop_side: PopSide = option(
+        default=PopSide.RIGHT,
+        help="End of the list that holds the oldest job: right for producers that LPUSH, left for RPUSH",
+    )
+    lease_seconds: float = option(
+        default=60.0, validator=_positive, help="A job whose worker is silent for this long goes to another"
+    )
+    max_attempts: int = option(
+        default=3, validator=_positive, help="Tries of one job, the first included, before it fails for good"
+    )
+    retry_delay_seconds: float = option(
+        default=5.0, validator=_not_negative, help="Wait before the second try; doubles with each further one"
+    )
+    drain_seconds: float = option(
+        default=30.0,
+        validator=_not_negative,
+        help="After SIGTERM running jobs may finish for this long; then they are handed back",
+    )
+    duplicate_window_seconds: float = option(
+        default=7 * 86400.0,
+        validator=_positive,
+        help="An id that completed is dropped when it is pushed again within this time",
+    )
 
     # -- storage
-    supabase_url: str | None = option(default=None, help="Address of the Supabase project that stores assets and takes callbacks")
-    supabase_service_key: SecretStr = secret(factory=_secret_default, help="Service key for storage and, unless callback_key is set, for callbacks")
-    storage_dir: Path | None = option(default=None, help="Directory that takes the assets where no supabase_url is set; default: assets in state_dir")
-    asset_format: AssetFormat = option(default=AssetFormat.PATH, help="What an item of the callback's assets is: path, public_url, signed_url or object")
+    supabase_url: str | None = option(
+        default=None, help="Address of the Supabase project that stores assets and takes callbacks"
+    )
+    supabase_service_key: SecretStr = secret(
+        factory=_secret_default, help="Service key for storage and, unless callback_key is set, for callbacks"
+    )
+    storage_dir: Path | None = option(
+        default=None, help="Directory that takes the assets where no supabase_url is set; default: assets in state_dir"
+    )
+    asset_format: AssetFormat = option(
+        default=AssetFormat.PATH,
+        help="What an item of the callback's assets is: path, public_url, signed_url or object",
+    )
     signed_url_seconds: int = option(default=3600, validator=_positive, help="How long a signed asset URL stays valid")
-    bucket_limits_mb: dict[str, float] = option(factory=dict, help="Size limits of buckets that differ from the job types' own, as JSON: {\"video_fast\": 80}")
+    bucket_limits_mb: dict[str, float] = option(
+        factory=dict, help='Size limits of buckets that differ from the job types\' own, as JSON: {"video_fast": 80}'
+    )
     upload_timeout_seconds: float = option(default=120.0, validator=_positive, help="Time limit of one upload request")
 
     # -- callbacks
-    callback_url: str | None = option(default=None, help="Where callbacks are POSTed; default: /functions/v1/job-callback of supabase_url")
-    callback_key: SecretStr = secret(factory=_secret_default, help="Bearer token of the callback endpoint; default: supabase_service_key")
-    callback_secret: SecretStr = secret(factory=_secret_default, help="Signs each callback body: X-Callback-Signature, HMAC-SHA256")
-    callback_dir: Path | None = option(default=None, help="Directory that records callbacks where no endpoint is set; default: callbacks in state_dir")
-    callback_timeout_seconds: float = option(default=15.0, validator=_positive, help="Time limit of one callback request")
-    callback_retry_seconds: float = option(default=5.0, validator=_positive, help="Wait before a refused callback is sent again; doubles each time, up to 5 minutes, with jitter")
-    callback_give_up_seconds: float = option(default=3600.0, validator=_positive, help="A callback that was refused for this long goes to the dead letters")
-    callback_min_age_seconds: float = option(default=5.0, validator=_not_negative, help="No terminal callback goes out sooner than this after the job's created_at")
+    callback_url: str | None = option(
+        default=None, help="Where callbacks are POSTed; default: /functions/v1/job-callback of supabase_url"
+    )
+    callback_key: SecretStr = secret(
+        factory=_secret_default, help="Bearer token of the callback endpoint; default: supabase_service_key"
+    )
+    callback_secret: SecretStr = secret(
+        factory=_secret_default, help="Signs each callback body: X-Callback-Signature, HMAC-SHA256"
+    )
+    callback_dir: Path | None = option(
+        default=None, help="Directory that records callbacks where no endpoint is set; default: callbacks in state_dir"
+    )
+    callback_timeout_seconds: float = option(
+        default=15.0, validator=_positive, help="Time limit of one callback request"
+    )
+    callback_retry_seconds: float = option(
+        default=5.0,
+        validator=_positive,
+        help="Wait before a refused callback is sent again; doubles each time, up to 5 minutes, with jitter",
+    )
+    callback_give_up_seconds: float = option(
+        default=3600.0, validator=_positive, help="A callback that was refused for this long goes to the dead letters"
+    )
+    callback_min_age_seconds: float = option(
+        default=5.0,
+        validator=_not_negative,
+        help="No terminal callback goes out sooner than this after the job's created_at",
+    )
 
     # -- references
-    reference_allowed_hosts: list[str] = option(factory=list, help="Hosts that references may come from although their address is not public, comma-separated: host or host:port")
+    reference_allowed_hosts: list[str] = option(
+        factory=list,
+        help="Hosts that references may come from although their address is not public, comma-separated: host or host:port",
+    )
     reference_max_mb: float = option(default=25.0, validator=_positive, help="Size limit of a reference file")
     reference_max_megapixels: float = option(default=50.0, validator=_positive, help="Pixel limit of a reference image")
-    reference_timeout_seconds: float = option(default=30.0, validator=_positive, help="Time limit for fetching one reference, redirects included")
+    reference_timeout_seconds: float = option(
+        default=30.0, validator=_positive, help="Time limit for fetching one reference, redirects included"
+    )
 
     # -- plugins
-    allow_plugins: list[str] | None = option(default=None, help="Distributions that may be loaded, comma-separated; without it all may")
+    allow_plugins: list[str] | None = option(
+        default=None, help="Distributions that may be loaded, comma-separated; without it all may"
+    )
     block_plugins: list[str] = option(factory=list, help="Distributions that are never imported, comma-separated")
-    require_plugins: list[str] = option(factory=list, help="Distributions without which a worker does not start, comma-separated")
+    require_plugins: list[str] = option(
+        factory=list, help="Distributions without which a worker does not start, comma-separated"
+    )
 
     # -- engine
     device: str = option(default="auto", help="auto, cpu, cuda or cuda:N")
-    vram_budget_gb: float | None = option(default=None, help="Device memory that warm models may take; default: what the device has, less 10%")
-    engine_start_seconds: float = option(default=300.0, validator=_positive, help="Time limit for the engine process to get ready")
-    engine_env: dict[str, str] = option(factory=dict, help="Environment of the engine process beyond the worker's own, as JSON")
+    vram_budget_gb: float | None = option(
+        default=None, help="Device memory that warm models may take; default: what the device has, less 10%"
+    )
+    engine_start_seconds: float = option(
+        default=300.0, validator=_positive, help="Time limit for the engine process to get ready"
+    )
+    engine_env: dict[str, str] = option(
+        factory=dict, help="Environment of the engine process beyond the worker's own, as JSON"
+    )
 
     # -- this machine
-    state_dir: Path = option(factory=lambda: user_state_path("ourvidz"), help="Where the embedded Redis and the default directories live")
-    work_dir: Path = option(factory=lambda: Path(tempfile.gettempdir()) / "ourvidz-work", help="Where jobs have their temporary directories")
-    min_free_disk_mb: float = option(default=500.0, validator=_not_negative, help="With less free disk than this a worker stops taking jobs")
-    worker_name: str = option(factory=lambda: f"{socket.gethostname()}-{os.getpid()}", help="Name of this worker in records and logs")
+    state_dir: Path = option(
+        factory=lambda: user_state_path("ourvidz"), help="Where the embedded Redis and the default directories live"
+    )
+    work_dir: Path = option(
+        factory=lambda: Path(tempfile.gettempdir()) / "ourvidz-work", help="Where jobs have their temporary directories"
+    )
+    min_free_disk_mb: float = option(
+        default=500.0, validator=_not_negative, help="With less free disk than this a worker stops taking jobs"
+    )
+    worker_name: str = option(
+        factory=lambda: f"{socket.gethostname()}-{os.getpid()}", help="Name of this worker in records and logs"
+    )
     log_level: LogLevel = option(default=LogLevel.INFO, help="How much is logged: debug, info, warning or error")
 
     @property
     def redis_address(self) -> str | None:
         """The native address of the configured Redis, or None for an embedded one."""
         if self.redis_url:
-            return self.redis_url.get_secret_value()
+            return str(self.redis_url)
         if not self.upstash_redis_rest_url:
             return None
-        token = self.upstash_redis_rest_token.get_secret_value()
+        token = str(self.upstash_redis_rest_token)
         if not token:
-            raise SettingsError("UPSTASH_REDIS_REST_URL is set and UPSTASH_REDIS_REST_TOKEN is not; set both, or REDIS_URL")
+            raise SettingsError(
+                "UPSTASH_REDIS_REST_URL is set and UPSTASH_REDIS_REST_TOKEN is not; set both, or REDIS_URL"
+            )
         host = self.upstash_redis_rest_url.split("://", 1)[-1].rstrip("/").split("/", 1)[0].split(":", 1)[0]
         return f"rediss://default:{token}@{host}:6379"
 
@@ -158,7 +237,7 @@ class Settings:
     def secrets(self) -> tuple[str, ...]:
         """The values that must not leave this process."""
         values = (getattr(self, field.name) for field in attrs.fields(Settings))
-        return tuple(value.get_secret_value() for value in values if isinstance(value, SecretStr) and value)
+        return tuple(str(value) for value in values if isinstance(value, SecretStr) and value)
 
 
 def load(environ: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ def run(job_file: Path, plan: bool, as_json: bool) -> int:
         print_json(
             {
                 "callback": outcome.callback.to_json() if outcome.callback else None,
-                "assets": [attrs.asdict(asset) for asset in outcome.assets],
+                "assets": [converter.unstructure(asset) for asset in outcome.assets],
                 "error": outcome.error.message if outcome.error else None,
                 "seconds": round(outcome.seconds, 3),
             }
@@ -91,7 +92,7 @@ def enqueue(job_files: tuple[Path, ...], queue_name: str | None, fresh_ids: bool
 
 
 def _read(path: Path) -> bytes:
-    return click.get_binary_stream("stdin").read() if str(path) == "-" else path.read_bytes()
+    return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
 
 
 def _queue_of(registry: Registry, path: Path, raw: bytes) -> str:
@@ -183,9 +184,7 @@ def _deliver(client: CallbackClient, callback: Callback, first_seconds: float) -
         except CallbackUndelivered as error:
             if tried == _CALLBACK_TRIES:
                 raise
-            delay = error.retry_after_seconds or retry_delay(
-                tried, first_seconds=first_seconds, random=random.Random()
-            )
+            delay = error.retry_after_seconds or retry_delay(tried, first_seconds=first_seconds, random=random.Random())
             click.echo(f"the callback was not accepted, next try in {delay:.0f} s: {error}", err=True)
             time.sleep(delay)
 

@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 import ourvidz_core
+from ourvidz_core.cli.demo import demo
 from ourvidz_core.cli.inspect import job_types, plugins
 from ourvidz_core.cli.jobs import enqueue, run
-from ourvidz_core.cli.demo import demo
 from ourvidz_core.cli.serve import worker
 from ourvidz_core.errors import JobError, OurVidzError, PluginError, QueueError, SettingsError
 

@@ -44,6 +44,4 @@ class Show:
 
     def step(self, stage: str, step: int, total: int) -> None:
         """Show that ``step`` of ``total`` is done."""
-        self._progress.update(
-            self._task, description=f"{self._job_type}: {stage}", completed=step, total=max(total, 1)
-        )
+        self._progress.update(self._task, description=f"{self._job_type}: {stage}", completed=step, total=max(total, 1))

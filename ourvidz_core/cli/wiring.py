@@ -49,14 +49,12 @@ def make_storage(settings: Settings) -> Storage:
     if settings.supabase_url and settings.storage_dir is None:
         return SupabaseStorage(
             settings.supabase_url,
-            settings.supabase_service_key.get_secret_value(),
+            str(settings.supabase_service_key),
             asset_format=settings.asset_format,
             signed_url_seconds=settings.signed_url_seconds,
             timeout_seconds=settings.upload_timeout_seconds,
         )
-    return DirectoryStorage(
-        settings.storage_dir or settings.state_dir / "assets", asset_format=settings.asset_format
-    )
+    return DirectoryStorage(settings.storage_dir or settings.state_dir / "assets", asset_format=settings.asset_format)
 
 
 def make_callbacks(settings: Settings) -> CallbackClient:
@@ -71,8 +69,8 @@ def make_callbacks(settings: Settings) -> CallbackClient:
     key = settings.callback_key or settings.supabase_service_key
     return HttpCallbacks(
         url,
-        key=key.get_secret_value(),
-        secret=settings.callback_secret.get_secret_value(),
+        key=str(key),
+        secret=str(settings.callback_secret),
         timeout_seconds=settings.callback_timeout_seconds,
     )
 

@@ -89,7 +89,7 @@ class RedisQueue:
     def check(self) -> None:
         """Make sure that the server can keep our promises."""
         with _translated():
-            version = str(cast(dict[str, Any], self._client.info("server"))["redis_version"])
+            version = str(self._client.info("server")["redis_version"])
         if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
             raise QueueUnsupported(f"Redis {version} lacks BLMOVE; 6.2 or newer is needed")
         with contextlib.suppress(ResponseError):  # a managed server may not tell

@@ -155,8 +155,7 @@ class EngineProcess:
                 if now >= deadline:
                     self.close()
                     raise JobTimeout(
-                        f"the job was still running after {timeout_seconds:g} s and did not stop;"
-                        " its engine was killed"
+                        f"the job was still running after {timeout_seconds:g} s and did not stop; its engine was killed"
                     )
         except (EOFError, OSError):
             raise self._crashed(f"while it worked on {job.job_type}") from None
@@ -174,7 +173,8 @@ class EngineProcess:
             self._log.close()
 
     def _crashed(self, when: str) -> EngineCrashed:
-        assert self._process is not None and self._log is not None
+        assert self._process is not None
+        assert self._log is not None
         process, log = self._process, self._log
         try:
             # The pipe closes a moment before the process is gone.

@@ -35,8 +35,11 @@ class JobContext(Protocol):
     #: The job's own directory, empty at first and removed at the end.
     work_dir: Path
     models: Models
-    #: ``cuda`` or ``cpu``.
-    device: str
+
+    @property
+    def device(self) -> str:
+        """``cuda``, ``cuda:N`` or ``cpu``."""
+        ...
 
     def settings(self, section: type[Section]) -> Section:
         """The plugin's own settings: see :func:`ourvidz_core.settings.load_section`."""

@@ -10,7 +10,7 @@ import attrs
 from ourvidz_core.errors import HookFailed
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.plugins.hookspecs import hookimpl
-from ourvidz_core.wire.artifacts import Artifact, Generation
+from ourvidz_core.wire.artifacts import Generation
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job, References, seed_of
@@ -90,5 +90,3 @@ def _unstructured(preset: Mapping[str, Any]) -> Mapping[str, Any]:
     from ourvidz_core.wire.payloads import converter
 
     return {key: converter.unstructure(value) for key, value in preset.items()}
-
-

@@ -143,7 +143,9 @@ def _refuse_unknown_hooks(manager: pluggy.PluginManager, module: object) -> None
     """A hook implementation with a mistyped name would otherwise never be called."""
     for caller in manager.get_hookcallers(module) or ():
         if caller.spec is None:
-            known = ", ".join(sorted(name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), f"{PROJECT}_spec")))
+            known = ", ".join(
+                sorted(name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), f"{PROJECT}_spec"))
+            )
             raise pluggy.PluginValidationError(module, f"there is no hook {caller.name!r}; the hooks are {known}")
 
 

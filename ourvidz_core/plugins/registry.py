@@ -139,9 +139,7 @@ class Registry:
         self.records = tuple(records)
         owners = [plugin for plugin in plugins if plugin.job_types]
         extensions = [plugin for plugin in plugins if not plugin.job_types]
-        self._observers = [
-            (plugin.distribution, self._bind("handle_event", plugins, [plugin])) for plugin in plugins
-        ]
+        self._observers = [(plugin.distribution, self._bind("handle_event", plugins, [plugin])) for plugin in plugins]
         self._owned: dict[str, OwnedJobType] = {}
         for owner in owners:
             heard = [owner, *extensions]

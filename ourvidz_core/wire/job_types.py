@@ -30,7 +30,7 @@ class NoConfig:
     """The configuration of a job type that has nothing to configure."""
 
 
-def _name(instance: object, attribute: Any, value: object) -> None:
+def _name(_: object, attribute: Any, value: str) -> None:
     if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value):
         raise ValueError(
             f"{attribute.name} must be 1 to 64 of the characters a-z 0-9 _ - and begin with a letter"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, TypeVar, cast
@@ -248,7 +248,6 @@ def _object(value: Any, _: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise WrongType("an object", value)
     return value
-
 
 
 def make_converter() -> Converter:

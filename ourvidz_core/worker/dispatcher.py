@@ -106,7 +106,9 @@ class CallbackDispatcher:
         callback = attrs.evolve(callback, failures=callback.failures + 1, reason=reason)
         if is_final:
             self._refused.discard(callback.callback_id)
-            logger.error("callback of job %s is given up after %s tries: %s", callback.job_id, callback.failures, reason)
+            logger.error(
+                "callback of job %s is given up after %s tries: %s", callback.job_id, callback.failures, reason
+            )
             self._queue.callback_given_up(callback)
             return
         delay = retry_delay(callback.failures, first_seconds=self._first_retry, random=self._random)

@@ -91,9 +91,7 @@ def attempt_facts(attempt: int, reasons: Sequence[str]) -> dict[str, Any]:
     return {"attempts": attempt, **({"attempt_reasons": list(reasons)} if reasons else {})}
 
 
-def _with_facts(
-    owned: OwnedJobType, measured: Mapping[str, Any], finished: FinishedGeneration
-) -> Mapping[str, Any]:
+def _with_facts(owned: OwnedJobType, measured: Mapping[str, Any], finished: FinishedGeneration) -> Mapping[str, Any]:
     merged = dict(measured)
     for facts in (finished.job.facts, finished.generation.facts):
         for key, value in facts.items():

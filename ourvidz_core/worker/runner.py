@@ -118,9 +118,7 @@ class JobRunner:
         seconds = time.monotonic() - started
         assert walk.job is not None
         self._registry.report(
-            events.JobCompleted(
-                job_id=walk.job.id, job_type=walk.job.job_type, assets=len(assets), seconds=seconds
-            )
+            events.JobCompleted(job_id=walk.job.id, job_type=walk.job.job_type, assets=len(assets), seconds=seconds)
         )
         return Outcome(
             callback=callback,
@@ -181,9 +179,7 @@ class JobRunner:
         def on_progress(stage: str, step: int, total: int) -> None:
             watch.on_progress(stage, step, total)
             self._registry.report(
-                events.GenerationProgressed(
-                    job_id=job.id, job_type=job.job_type, stage=stage, step=step, total=total
-                )
+                events.GenerationProgressed(job_id=job.id, job_type=job.job_type, stage=stage, step=step, total=total)
             )
 
         _stop_if_cancelled(watch)
@@ -206,9 +202,7 @@ class JobRunner:
             for attempt in _patiently():
                 _stop_if_cancelled(watch)
                 with attempt:
-                    asset = self._storage.store(
-                        artifact.path, bucket=bucket, path=path, media_type=artifact.media_type
-                    )
+                    asset = self._storage.store(artifact.path, bucket=bucket, path=path, media_type=artifact.media_type)
             assets.append(asset)
             self._registry.report(
                 events.AssetStored(
@@ -230,9 +224,7 @@ class JobRunner:
     def _failed(self, walk: _Walk, error: JobError, seconds: float) -> Outcome:
         callback = None
         if walk.job_id is not None:
-            callback = failed_report(
-                walk.job_id, error, job_type=walk.job_type, job=walk.job, attempts=walk.attempts
-            )
+            callback = failed_report(walk.job_id, error, job_type=walk.job_type, job=walk.job, attempts=walk.attempts)
         return Outcome(
             callback=callback,
             job_id=walk.job_id,

@@ -35,7 +35,7 @@ class EngineSlot:
         stage_of: list[str] = []
 
         def watched(stage: str, step: int, total: int) -> None:
-            self._estimate(stage, step, total, is_new=stage_of != [stage])
+            self._estimate(step, total, is_new=stage_of != [stage])
             stage_of[:] = [stage]
             on_progress(stage, step, total)
 
@@ -66,7 +66,7 @@ class EngineSlot:
         """End the engine."""
         self._engine.close()
 
-    def _estimate(self, stage: str, step: int, total: int, *, is_new: bool) -> None:
+    def _estimate(self, step: int, total: int, *, is_new: bool) -> None:
         now = time.monotonic()
         with self._turn:
             if is_new or self._stage_started is None:
