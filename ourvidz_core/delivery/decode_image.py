@@ -31,6 +31,7 @@ CPU_SECONDS_PER_MEGAPIXEL = 0.8
 FORMATS = ("PNG", "JPEG", "WEBP")
 EXIT_UNUSABLE = 1
 EXIT_NO_ROOM = 3
+EXIT_BROKEN = 4
 
 
 def main(argv: list[str]) -> int:
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> int:
     limit_resources(max_pixels)
     try:
         outcome = decode(source, destination, max_pixels)
+    except ImportError as error:
+        return _report({"error": str(error)}, EXIT_BROKEN)
     except MemoryError:
         return _report({"error": "it needs more memory to decode than an image of that size may"}, EXIT_UNUSABLE)
     except OSError as error:

@@ -37,6 +37,7 @@ from ourvidz_core.delivery.addresses import AddressPolicy, Resolver, resolve
 from ourvidz_core.delivery.deadlines import Deadline
 from ourvidz_core.errors import (
     DiskFull,
+    InternalError,
     JobError,
     ReferenceInvalid,
     ReferenceRefused,
@@ -398,6 +399,8 @@ def _decoded(reference: Reference, source: Path, destination: Path, max_pixels: 
     destination.unlink(missing_ok=True)
     if finished.returncode == decode_image.EXIT_NO_ROOM:
         raise DiskFull("no room for a decoded reference on this machine; free some disk space")
+    if finished.returncode == decode_image.EXIT_BROKEN:
+        raise InternalError(f"the image decoder does not start ({outcome.get('error')}); reinstall Pillow")
     reason = outcome.get("error", f"decoding it took more than it may, or broke the decoder ({finished.returncode})")
     raise ReferenceInvalid(f"the reference {shown} is no usable image: {reason}; send a PNG, JPEG or WebP image")
 
