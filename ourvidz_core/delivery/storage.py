@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 from urllib.parse import quote
@@ -204,17 +204,10 @@ class DirectoryStorage:
         check_place(bucket, path)
         fingerprint = Fingerprint.of(file)
         destination = self._destination(bucket, path)
-        try:
+        with writing_to(self.root, f"{bucket}/{path}"):
             destination.parent.mkdir(parents=True, exist_ok=True)
             _copy_whole(file, destination)
             stored_bytes = destination.stat().st_size
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                raise DiskFull(f"no room for {bucket}/{path} in {self.root}; free some disk space") from None
-            raise StorageUnavailable(
-                f"{bucket}/{path} cannot be written to {self.root} ({error.strerror}); "
-                "check that the worker may write there"
-            ) from None
         if stored_bytes != fingerprint.size_bytes:
             raise StorageUnavailable(f"{bucket}/{path} has {stored_bytes} of its {fingerprint.size_bytes} bytes")
         asset = Asset(
@@ -269,6 +262,23 @@ class Fingerprint:
         if not size_bytes:
             raise AssetRejected(f"{file.name} cannot be stored: it is empty")
         return cls(size_bytes=size_bytes, sha256=sha256.hexdigest(), md5=md5.hexdigest())
+
+
+@contextmanager
+def writing_to(root: Path, place: str) -> Iterator[None]:
+    """Turn a failure to write ``place`` below ``root`` into the storage error that it is.
+
+    :raises DiskFull: there is no room.
+    :raises StorageUnavailable: anything else.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise DiskFull(f"no room for {place} in {root}; free some disk space") from None
+        raise StorageUnavailable(
+            f"{place} cannot be written to {root} ({error.strerror}); check that the worker may write there"
+        ) from None
 
 
 def check_place(bucket: str, path: str) -> None:
