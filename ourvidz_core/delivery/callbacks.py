@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -156,7 +156,7 @@ class DirectoryCallbacks:
 
     root: Path
 
-    def send(self, callback_id: str, job_id: str, body: bytes) -> None:
+    def send(self, callback_id: str, job_id: str, body: bytes) -> None:  # noqa: ARG002 - the protocol's
         """See :meth:`CallbackClient.send`."""
         if not ID_PATTERN.fullmatch(job_id):
             raise CallbackRejected(f"the job id {ascii(job_id)[:80]} cannot be the name of a file")
@@ -180,6 +180,10 @@ class SentCallback:
     body: bytes
 
 
+def _in_order(answers: Iterable[CallbackError | None]) -> Iterator[CallbackError | None]:
+    return iter(answers)
+
+
 @frozen
 class RecordingCallbacks:
     """Callbacks in memory, for tests. ``answers`` scripts the first tries: an error is raised, None accepts.
@@ -187,7 +191,7 @@ class RecordingCallbacks:
     >>> callbacks = RecordingCallbacks([CallbackUndelivered("asleep"), None])
     """
 
-    answers: Iterator[CallbackError | None] = field(default=(), converter=iter)
+    answers: Iterator[CallbackError | None] = field(default=(), converter=_in_order)
     #: Every try, accepted or not.
     attempts: list[SentCallback] = field(factory=list, init=False)
     accepted: list[SentCallback] = field(factory=list, init=False)

@@ -364,7 +364,9 @@ class SupabaseServer(LocalServer):
         if (name, path) in self.objects and request.headers.get("x-upsert") != "true":
             return _refusal("409", "Duplicate", "The resource already exists")
         self.objects[name, path] = StoredObject(body=request.body, media_type=media_type)
-        return Answer.of_json({"Key": f"{name}/{path}", "Id": hashlib.md5(path.encode()).hexdigest()})
+        return Answer.of_json(
+            {"Key": f"{name}/{path}", "Id": hashlib.md5(path.encode(), usedforsecurity=False).hexdigest()}
+        )
 
     def _sign(self, route: str, request: ReceivedRequest) -> Answer:
         name, _, path = route.partition("/")
@@ -387,7 +389,7 @@ class SupabaseServer(LocalServer):
             return _refusal("404", "Bucket not found", "Bucket not found")
         if first == "sign" and not self._is_signed(name, path, request):
             return _refusal("400", "InvalidJWT", '"exp" claim timestamp check failed')
-        headers = {"ETag": f'"{hashlib.md5(stored.body).hexdigest()}"'}
+        headers = {"ETag": f'"{hashlib.md5(stored.body, usedforsecurity=False).hexdigest()}"'}
         if not is_info:
             return Answer(body=stored.body, headers={**headers, "Content-Type": stored.media_type})
         if not self.is_info_supported:
@@ -445,7 +447,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """Tests want a quiet terminal."""
 
     def _read_body(self) -> bytes:
