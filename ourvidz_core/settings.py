@@ -174,7 +174,7 @@ class Settings:
     # -- references
     reference_allowed_hosts: list[str] = option(
         factory=list,
-        help="Hosts that references may come from although their address is not public, comma-separated: host or host:port",
+        help="Hosts, or host:port, that references may come from although their address is not public, comma-separated",
     )
     reference_max_mb: float = option(default=25.0, validator=_positive, help="Size limit of a reference file")
     reference_max_megapixels: float = option(default=50.0, validator=_positive, help="Pixel limit of a reference image")
