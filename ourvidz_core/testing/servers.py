@@ -46,6 +46,8 @@ class ReceivedRequest:
     target: str
     headers: Mapping[str, str]
     body: bytes = b""
+    #: Seconds since the epoch.
+    received_at: float = field(factory=time.time)
 
     @property
     def path(self) -> str:
