@@ -26,6 +26,7 @@ from ourvidz_core.delivery import decode_image
 from ourvidz_core.delivery.addresses import AddressPolicy, is_public
 from ourvidz_core.delivery.references import HttpReferences, StubReferences, check_url, shown_url
 from ourvidz_core.errors import (
+    InternalError,
     JobError,
     ReferenceInvalid,
     ReferenceRefused,
@@ -771,6 +772,17 @@ def test_the_decoder_sees_no_secret_of_the_worker(
     decoded(picture, tmp_path)
 
     assert "canary" not in seen.read_text()
+
+
+def test_a_decoder_that_does_not_start_is_no_fault_of_the_image(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path_factory.mktemp("broken")
+    (broken / "PIL.py").write_text("raise ImportError('libjpeg is missing')\n")
+    monkeypatch.setenv("PYTHONPATH", str(broken))
+
+    with pytest.raises(InternalError, match="libjpeg is missing"):
+        decoded(picture, tmp_path)
 
 
 # -- the double
