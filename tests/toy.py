@@ -1,6 +1,6 @@
 """A plugin with one job type for each thing that a generation can do, good and bad."""
 
-SOURCE = '''
+SOURCE = """
 import os, signal, sys, time
 from attrs import frozen
 from ourvidz_core import Artifact, Command, Generation, JobType, OutOfMemory, hookimpl
@@ -68,4 +68,4 @@ def generate(job, context):
     image.save(path)
     context.progress(1, 1)
     return Generation(artifacts=(Artifact(path=path, media_type="image/png", seed=job.seed),), facts={"toy": what})
-'''
+"""
