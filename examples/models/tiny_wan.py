@@ -243,6 +243,7 @@ def _renamed(name: str, names: tuple[tuple[str, str], ...]) -> str:
 
 
 def main() -> None:
+    """Write a model where the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kind", choices=KINDS, default="t2v")

@@ -80,7 +80,7 @@ def parse_arguments(argv: Sequence[str]) -> GenerateArguments:
     return GenerateArguments(
         task=task,
         ckpt_dir=ckpt_dir,
-        prompt=given.prompt,
+        prompt=_text(given.prompt),
         save_file=save_file,
         size=given.size,
         frame_num=frames,
@@ -98,7 +98,7 @@ def parse_arguments(argv: Sequence[str]) -> GenerateArguments:
         src_mask=given.src_mask,
         src_ref_images=given.src_ref_images,
         reference_strength=given.reference_strength,
-        negative_prompt=given.negative_prompt,
+        negative_prompt=None if given.negative_prompt is None else _text(given.negative_prompt),
         device=given.device,
     )
 
@@ -225,6 +225,11 @@ def _check_readable(option: str, path: Path) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def _text(value: str | list[str]) -> str:
+    # Before Python 3.13 argparse takes "--" out of "--prompt=--" and leaves an empty list.
+    return value if isinstance(value, str) else "--"
 
 
 def _truth(text: str) -> bool:

@@ -15,15 +15,17 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import diffusers
 import torch
 from attrs import field, frozen
-from diffusers import AutoencoderKLWan, DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import AutoencoderKLWan, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
 from ourvidz_core.engine.variants import FILE_NAME, read_variant
 from ourvidz_core.errors import ModelUnavailable
@@ -68,7 +70,8 @@ class WanModels:
     name: str
     variant: WanVariant
     device: torch.device
-    pipeline: DiffusionPipeline = field(repr=False)
+    #: The diffusers pipeline of the task; each run sets its scheduler.
+    pipeline: Any = field(repr=False)
     #: Encoded reference pictures, by what they show: see ``sampling``.
     stills: OrderedDict[tuple[str, int], torch.Tensor] = field(factory=OrderedDict, repr=False)
 
@@ -83,6 +86,8 @@ def load_models(
 
     :raises ModelUnavailable: a file is missing, cannot be read or is not what its name says.
     """
+    # Standard error carries the steps of a generation, and nothing is downloaded that one would wait for.
+    disable_progress_bar()
     place = torch.device(device)
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     variant = read_variant(ckpt_dir, WanVariant)
@@ -112,7 +117,8 @@ def load_models(
 
 def make_scheduler(solver: Solver, shift: float) -> Any:
     """A new scheduler of WAN's flow; it keeps state, so that each video needs its own."""
-    return SCHEDULERS[solver](**{**_shipped("scheduler"), "flow_shift": shift})
+    scheduler: Any = SCHEDULERS[solver]
+    return scheduler(**{**_shipped("scheduler"), "flow_shift": shift})
 
 
 def convert_checkpoint(source: Path, target: Path, task: Task, *, dtype: torch.dtype | None = None) -> None:
@@ -142,12 +148,13 @@ def _components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dict[str, Any
 
 def _diffusers_components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dict[str, Any]:
     transformer_class: Any = getattr(diffusers, TRANSFORMERS[task.pipeline])
+    vae_class: Any = AutoencoderKLWan
     local: dict[str, Any] = {"local_files_only": True}
     components = {
         "tokenizer": AutoTokenizer.from_pretrained(ckpt_dir / "tokenizer", **local),
         "text_encoder": UMT5EncoderModel.from_pretrained(ckpt_dir / "text_encoder", dtype=dtype, **local),
         "transformer": transformer_class.from_pretrained(ckpt_dir / "transformer", torch_dtype=dtype, **local),
-        "vae": AutoencoderKLWan.from_pretrained(ckpt_dir / "vae", torch_dtype=torch.float32, **local),
+        "vae": vae_class.from_pretrained(ckpt_dir / "vae", torch_dtype=torch.float32, **local),
     }
     if task.pipeline is Pipeline.IMAGE:
         from transformers import CLIPImageProcessor, CLIPVisionModel
@@ -290,7 +297,11 @@ def _cast_all_but(model: torch.nn.Module, kept: list[str], dtype: torch.dtype) -
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        # torch's own message advises to load it all the same.
+        raise ModelUnavailable(f"{path} holds something else than weights, or is damaged; get it again") from error
     return weights
 
 

@@ -6,8 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from attrs import field as _field
-from attrs import frozen, validators
+from attrs import field, frozen, validators
 
 #: Frames a latent stands for; a video has one frame more than a multiple of it.
 FRAMES_PER_LATENT = 4
@@ -44,7 +43,7 @@ class WanConfig:
     size: str = "480*832"
     sample_steps: int = 25
     sample_guide_scale: float = 6.5
-    sample_solver: Solver = Solver.UNIPC
+    sample_solver: Solver = field(default=Solver.UNIPC, converter=Solver)
     sample_shift: float = 5.0
     frame_num: int = 81
     reference_strength: float = DEFAULT_REFERENCE_STRENGTH
@@ -57,8 +56,8 @@ class WanVariant:
     #: What the model is called in the facts of a job; its directory's name unless said.
     name: str | None = None
     #: A smaller model makes smaller pictures: sides are multiplied by this and rounded down to whole patches.
-    size_scale: float = _field(default=1.0, validator=[validators.gt(0), validators.le(1)])
-    fps: int = _field(default=FPS, validator=validators.gt(0))
+    size_scale: float = field(default=1.0, validator=[validators.gt(0), validators.le(1)])
+    fps: int = field(default=FPS, validator=validators.gt(0))
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
 
 
@@ -73,7 +72,7 @@ class WanSettings:
     #: Directory of VACE weights; where it is set, videos with references use them.
     vace_ckpt_dir: Path | None = None
     #: The task that ``vace_ckpt_dir`` holds.
-    vace_task: str = _field(default="vace-1.3B", validator=validators.in_(("vace-1.3B", "vace-14B")))
+    vace_task: str = field(default="vace-1.3B", validator=validators.in_(("vace-1.3B", "vace-14B")))
     #: ``engine``: the command line runs in the warm engine; ``subprocess``: as a process of its own.
     run_as: RunAs = RunAs.ENGINE
     #: A script with the command line of ``wan_generate`` to run instead of ours, always as a subprocess.

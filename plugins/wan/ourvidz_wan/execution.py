@@ -149,9 +149,7 @@ def _generate_here(job: Job, command: Command, context: JobContext) -> Generatio
     arguments = arguments_of(command)
     models = context.models.get(
         f"wan:{arguments.task.name}:{arguments.ckpt_dir}",
-        lambda: load_models(
-            arguments.ckpt_dir, arguments.task, device=context.device, offload=arguments.offload_model
-        ),
+        lambda: load_models(arguments.ckpt_dir, arguments.task, device=context.device, offload=arguments.offload_model),
         vram_gb=0.0 if arguments.offload_model else WEIGHTS_GB.get(arguments.task.name, 0.0),
     )
     result = run(arguments, models, context.progress)

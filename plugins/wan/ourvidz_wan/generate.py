@@ -81,15 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
-        print(f"wan_generate: {error}", file=sys.stderr)
+        _say(f"wan_generate: {error}")
         return EXIT_USAGE
     try:
         with _progress() as on_progress:
             result = run(arguments, _load(arguments), on_progress)
     except (OurVidzError, OSError) as error:
-        print(f"wan_generate: {error}", file=sys.stderr)
+        _say(f"wan_generate: {error}")
         return EXIT_FAILURE
-    print(result.path)
+    sys.stdout.write(f"{result.path}\n")
     return 0
 
 
@@ -105,7 +105,7 @@ def _load(arguments: GenerateArguments) -> WanModels:
 def _progress() -> Iterator[OnProgress]:
     """A bar on a terminal; elsewhere the lines that the engine reads."""
     if not sys.stderr.isatty():
-        yield lambda step, total: print(f"step {step} of {total}", file=sys.stderr, flush=True)
+        yield lambda step, total: _say(f"step {step} of {total}")
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -115,7 +115,12 @@ def _progress() -> Iterator[OnProgress]:
         yield lambda step, total: progress.update(sampling, completed=step, total=total)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _terminate(_signum: int, _frame: FrameType | None) -> None:
     # An exception, so that unfinished files are removed on the way out.
     raise SystemExit(EXIT_TERMINATED)
 

@@ -48,7 +48,7 @@ class Limit:
     def fault_of(self, path: str, value: Any) -> Fault | None:
         """What is wrong with ``value``, if anything is."""
         try:
-            typed = converter.structure(value, self.kind)
+            typed: Any = converter.structure(value, self.kind)
         except ValueError:
             return Fault(f"$.{path}", self.expected, shown(value))
         return None if self.accepts(typed) else Fault(f"$.{path}", self.expected, shown(value))
@@ -58,7 +58,7 @@ LIMITS: Mapping[str, Limit] = {
     "size": Limit(str, lambda size: size in TASKS[TASK].sizes, "one of " + ", ".join(TASKS[TASK].sizes)),
     "sample_steps": Limit(int, lambda steps: 1 <= steps <= 100, "an integer from 1 to 100"),
     "sample_guide_scale": Limit(float, lambda scale: 0 <= scale <= 20, "a number from 0 to 20"),
-    "sample_solver": Limit(Solver, lambda _: True, "unipc or dpm++"),
+    "sample_solver": Limit(str, lambda solver: solver in set(Solver), "unipc or dpm++"),
     "sample_shift": Limit(float, lambda shift: 0 < shift <= 20, "a number above 0, at most 20"),
 }
 FRAME_LIMIT = Limit(int, lambda frames: 5 <= frames <= 121, "an integer from 5 to 121")
@@ -78,7 +78,7 @@ def parse_wan_job(job_type: JobType, payload: Payload) -> Job:
     if references.mode is not ReferenceMode.NONE:
         limits["reference_strength"] = STRENGTH_LIMIT
         values["reference_strength"] = _first_set(payload, STRENGTH_PATHS)
-    given = {}
+    given: dict[str, Any] = {}
     for key, (path, value) in values.items():
         if not is_set(value):
             continue

@@ -18,24 +18,29 @@ from ourvidz_wan.jobs import parse_wan_job
 
 @hookimpl
 def register_job_types() -> Iterable[JobType]:
+    """The four WAN job types."""
     return JOB_TYPES
 
 
 @hookimpl
 def parse_job(job_type: JobType, payload: Payload) -> Job:
+    """By the contract's rows for WAN."""
     return parse_wan_job(job_type, payload)
 
 
 @hookimpl
 def prepare_job(job: Job, context: JobContext) -> Job:
+    """Say which task will run."""
     return prepare_wan_job(job, context)
 
 
 @hookimpl
 def build_command(job: Job, context: JobContext) -> Command:
+    """The ``wan_generate`` command line."""
     return build_wan_command(job, context)
 
 
 @hookimpl
 def generate(job: Job, command: Command, context: JobContext) -> Generation:
+    """In the warm engine, or as a subprocess by setting."""
     return generate_wan(job, command, context)

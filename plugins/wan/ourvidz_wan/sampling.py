@@ -62,36 +62,14 @@ class _Plan:
     strength: float | None = None
 
 
-@torch.no_grad()
 def sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> Sample:
     """Make what ``arguments`` ask for. The same arguments and weights make the same frames.
 
     :raises ReferenceInvalid: a reference video does not fit.
     :raises GenerationError: the model's output is no number.
     """
-    width, height = scaled_size(arguments.size, models.variant.size_scale)
-    runs = {Pipeline.TEXT: _run_text, Pipeline.IMAGE: _run_image, Pipeline.VACE: _run_vace}
-    latents, method, strength = runs[arguments.task.pipeline](arguments, models, (width, height), on_progress)
-    if not bool(torch.isfinite(latents).all()):
-        raise GenerationError(f"{models.name} produced values that are no numbers; try another seed or guidance scale")
-    facts = {
-        "wan_task": arguments.task.name,
-        "model": models.name,
-        "size": as_size(width, height),
-        "requested_size": arguments.size,
-        "frame_num": arguments.frame_num,
-        "fps": models.variant.fps,
-        "solver": arguments.sample_solver.value,
-        "steps": arguments.sample_steps,
-        "guidance_scale": arguments.sample_guide_scale,
-        "shift": arguments.sample_shift,
-        "reference_applied": method is not None,
-    }
-    if method is not None:
-        facts["reference_method"] = method
-    if strength is not None:
-        facts["reference_strength"] = strength
-    return Sample(frames=decode(models, latents), latents=latents, fps=models.variant.fps, facts=facts)
+    with torch.no_grad():
+        return _sample(arguments, models, on_progress)
 
 
 def scaled_size(size: str, scale: float) -> tuple[int, int]:
@@ -139,6 +117,32 @@ def decode(models: WanModels, latents: torch.Tensor) -> NDArray[np.uint8]:
     pixels = ((video[0] * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     frames: NDArray[np.uint8] = pixels.permute(1, 2, 3, 0).cpu().numpy()
     return frames
+
+
+def _sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> Sample:
+    width, height = scaled_size(arguments.size, models.variant.size_scale)
+    runs = {Pipeline.TEXT: _run_text, Pipeline.IMAGE: _run_image, Pipeline.VACE: _run_vace}
+    latents, method, strength = runs[arguments.task.pipeline](arguments, models, (width, height), on_progress)
+    if not bool(torch.isfinite(latents).all()):
+        raise GenerationError(f"{models.name} produced values that are no numbers; try another seed or guidance scale")
+    facts = {
+        "wan_task": arguments.task.name,
+        "model": models.name,
+        "size": as_size(width, height),
+        "requested_size": arguments.size,
+        "frame_num": arguments.frame_num,
+        "fps": models.variant.fps,
+        "solver": arguments.sample_solver.value,
+        "steps": arguments.sample_steps,
+        "guidance_scale": arguments.sample_guide_scale,
+        "shift": arguments.sample_shift,
+        "reference_applied": method is not None,
+    }
+    if method is not None:
+        facts["reference_method"] = method
+    if strength is not None:
+        facts["reference_strength"] = strength
+    return Sample(frames=decode(models, latents), latents=latents, fps=models.variant.fps, facts=facts)
 
 
 def _run_text(
@@ -251,7 +255,7 @@ def _call(
 ) -> torch.Tensor:
     """Run the diffusers pipeline up to the latents."""
 
-    def step_ended(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def step_ended(_pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
         on_progress(step + 1, arguments.sample_steps)
         return {}
 
