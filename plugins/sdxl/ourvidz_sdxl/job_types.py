@@ -1,0 +1,34 @@
+"""The SDXL job types, as data."""
+
+from __future__ import annotations
+
+from ourvidz_core.wire.job_types import ContentType, JobType, Quality
+from ourvidz_sdxl.config import SdxlConfig
+
+#: Weights in half precision and the work of one image of 1024x1024, in GiB.
+VRAM_GB = 10.0
+
+JOB_TYPES = (
+    JobType(
+        name="sdxl_image_fast",
+        queue="sdxl_queue",
+        content_type=ContentType.IMAGE,
+        quality=Quality.FAST,
+        preset=SdxlConfig(num_inference_steps=15, guidance_scale=6.0),
+        max_asset_mb=5.0,
+        vram_gb=VRAM_GB,
+        expected_seconds=30.0,
+        description="1, 3 or 6 images by SDXL in 15 steps",
+    ),
+    JobType(
+        name="sdxl_image_high",
+        queue="sdxl_queue",
+        content_type=ContentType.IMAGE,
+        quality=Quality.HIGH,
+        preset=SdxlConfig(num_inference_steps=25, guidance_scale=7.5),
+        max_asset_mb=10.0,
+        vram_gb=VRAM_GB,
+        expected_seconds=42.0,
+        description="1, 3 or 6 images by SDXL in 25 steps",
+    ),
+)
