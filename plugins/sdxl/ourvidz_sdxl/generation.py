@@ -1,0 +1,177 @@
+"""The SDXL part of a job's walk on the device: from the job to image files and the truth about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from ourvidz_core.engine.pictures import write_png
+from ourvidz_core.engine.variants import read_variant
+from ourvidz_core.errors import ModelUnavailable, ReferenceUnavailable
+from ourvidz_core.plugins.context import JobContext
+from ourvidz_core.wire.artifacts import Artifact, Generation
+from ourvidz_core.wire.jobs import Job
+from ourvidz_sdxl.config import SdxlConfig
+from ourvidz_sdxl.negative_prompts import NegativePrompt, fit_terms, negative_terms
+from ourvidz_sdxl.pipeline import DrawnImages, ImageRequest, ReferencePicture, SdxlPipeline, load_pipeline
+from ourvidz_sdxl.references import Samplings, fit_reference
+from ourvidz_sdxl.settings import SdxlSettings, UnknownVariant
+from ourvidz_sdxl.variants import SdxlVariant
+
+MEDIA_TYPE = "image/png"
+#: What the file itself says, beside the prompts and the seeds.
+FACTS_IN_FILE = (
+    "model",
+    "width",
+    "height",
+    "steps",
+    "guidance_scale",
+    "scheduler",
+    "reference_method",
+    "reference_type",
+    "reference_strength",
+)
+
+
+def generate_images(job: Job, context: JobContext) -> Generation:
+    """Draw the job's images and write them down."""
+    settings = context.settings(SdxlSettings)
+    model_path = choose_model(settings, job.model_variant)
+    model = _warm(context, settings, model_path)
+    config: SdxlConfig = job.config
+    width, height = model.variant.size_for(config.width, config.height)
+    prompt = job.enhanced_prompt or job.prompt
+    negative = fit_terms(negative_terms(job.negative_prompt, prompt), model.prompts.count_tokens)
+    request = ImageRequest(
+        prompt=prompt,
+        negative_prompt=negative.text,
+        seeds=tuple(job.seed + index for index in range(config.num_images)),
+        width=width,
+        height=height,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        solver=config.sample_solver,
+        reference=_reference(job, width, height),
+    )
+    drawn = model.draw(
+        request,
+        sampling=Samplings(settings),
+        on_step=lambda step, total: context.progress(step, total, stage="denoise"),
+    )
+    facts = _facts(job, request=request, drawn=drawn, negative=negative, model=model, model_path=model_path)
+    artifacts = tuple(
+        _write(image, context.output_path("png"), seed=seed, job=job, request=request, facts=facts)
+        for seed, image in zip(request.seeds, drawn.images, strict=True)
+    )
+    return Generation(artifacts=artifacts, facts=facts)
+
+
+def choose_model(settings: SdxlSettings, model_variant: str | None) -> Path:
+    """Where the model for ``model_variant`` lies.
+
+    :raises ModelUnavailable: no model is configured for it, and what to set.
+    """
+    if model_variant is not None and model_variant in settings.models:
+        return settings.models[model_variant]
+    if model_variant is not None and settings.unknown_variant is UnknownVariant.FAIL:
+        known = ", ".join(sorted(settings.models)) or "none"
+        raise ModelUnavailable(
+            f"no SDXL model is configured as {model_variant!r} (configured: {known});"
+            " add it to OURVIDZ_SDXL_MODELS, or set OURVIDZ_SDXL_UNKNOWN_VARIANT=default"
+        )
+    if settings.model is None:
+        raise ModelUnavailable(
+            "no SDXL model is configured: set OURVIDZ_SDXL_MODEL to a .safetensors checkpoint"
+            " or to a directory in the diffusers layout"
+        )
+    return settings.model
+
+
+def _warm(context: JobContext, settings: SdxlSettings, path: Path) -> SdxlPipeline:
+    def load() -> SdxlPipeline:
+        variant = read_variant(path, SdxlVariant)
+        return load_pipeline(path, device=context.device, variant=variant, config_dir=settings.config_dir)
+
+    return context.models.get(f"sdxl:{path}", load, vram_gb=_size_gb(path))
+
+
+def _size_gb(path: Path) -> float:
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file()) / 2**30
+
+
+def _reference(job: Job, width: int, height: int) -> ReferencePicture | None:
+    reference = job.references.single
+    if reference is None:
+        return None
+    if reference.path is None:
+        raise ReferenceUnavailable("the job's reference image was not fetched before its generation began")
+    return ReferencePicture(
+        image=fit_reference(reference.path, width, height),
+        type=job.config.reference_type,
+        strength=job.config.reference_strength,
+    )
+
+
+def _facts(
+    job: Job,
+    *,
+    request: ImageRequest,
+    drawn: DrawnImages,
+    negative: NegativePrompt,
+    model: SdxlPipeline,
+    model_path: Path,
+) -> dict[str, Any]:
+    config: SdxlConfig = job.config
+    is_guided = config.guidance_scale > 1
+    facts: dict[str, Any] = {
+        "model": model_path.name,
+        "model_variant": job.model_variant,
+        "device": model.device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "width": request.width,
+        "height": request.height,
+        "requested_width": config.width,
+        "requested_height": config.height,
+        "size_scale": model.variant.size_scale,
+        "steps": drawn.steps,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "scheduler": drawn.scheduler,
+        "seeds": list(request.seeds),
+        "batch_sizes": list(drawn.batch_sizes),
+        "prompt_chunks": drawn.prompt_chunks,
+        # Without guidance the model never sees a negative prompt.
+        "negative_prompt_used": negative.text if is_guided else None,
+        "negative_prompt_source": str(config.negative_prompt_source) if is_guided else None,
+        "negative_terms_dropped": list(negative.dropped) if is_guided else [],
+        "reference_applied": request.reference is not None,
+    }
+    if request.reference is not None:
+        facts |= {
+            "reference_method": str(drawn.reference_method),
+            "reference_type": str(request.reference.type),
+            "reference_strength": request.reference.strength,
+        }
+    return facts
+
+
+def _write(
+    image: Image, path: Path, *, seed: int, job: Job, request: ImageRequest, facts: Mapping[str, Any]
+) -> Artifact:
+    write_png(
+        image,
+        path,
+        {
+            "prompt": request.prompt,
+            "negative_prompt": facts["negative_prompt_used"],
+            "job_type": job.job_type,
+            "seed": seed,
+            "base_seed": job.seed,
+            **{key: facts[key] for key in FACTS_IN_FILE if key in facts},
+        },
+    )
+    return Artifact(path=path, media_type=MEDIA_TYPE, seed=seed, width=image.width, height=image.height)

@@ -1,0 +1,21 @@
+"""The sampling methods: the checkpoint's own scheduler, or another one built from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from ourvidz_sdxl.config import Solver
+
+SCHEDULERS: Mapping[Solver, Any] = {
+    Solver.UNIPC: UniPCMultistepScheduler,
+    Solver.DPM: DPMSolverMultistepScheduler,
+}
+
+
+def scheduler_for(solver: Solver | None, own: Any) -> Any:
+    """A fresh scheduler with the noise schedule of ``own``, the one a checkpoint came with."""
+    cls = type(own) if solver is None else SCHEDULERS[solver]
+    return cls.from_config(own.config)
