@@ -97,14 +97,17 @@ class JobError(OurVidzError):
 
 @frozen
 class Fault:
-    """One thing that is wrong with a payload."""
+    """One thing that is wrong with a payload.
+
+    Where ``got`` is empty, ``expected`` is the whole sentence, as a validator wrote it.
+    """
 
     path: str
     expected: str
     got: str
 
     def __str__(self) -> str:
-        return f"{self.path}: expected {self.expected}, got {self.got}"
+        return f"{self.path}: expected {self.expected}, got {self.got}" if self.got else f"{self.path}: {self.expected}"
 
 
 class PayloadError(JobError):

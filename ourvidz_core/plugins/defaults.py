@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ def default_job(job_type: JobType, payload: Payload) -> Job:
 def expected_seconds_of(payload: Payload) -> float | None:
     """``config.expected_time`` where it is a number above 0. It is informative, so a wrong one is no fault."""
     value = payload.get("config.expected_time")
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
         return float(value)
     return None
 

@@ -45,5 +45,9 @@ class Callback:
         return body
 
     def to_bytes(self) -> bytes:
-        """The body to send and to sign: compact UTF-8 JSON."""
-        return json.dumps(self.to_json(), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        """The body to send and to sign: compact UTF-8 JSON.
+
+        Half a character, as an undecodable file name in an error message holds, becomes a question mark.
+        """
+        text = json.dumps(self.to_json(), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return text.encode("utf-8", "replace")

@@ -7,15 +7,18 @@ are kept, at every level, and never make a message fail.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
+from types import UnionType
 from typing import Any, TypeVar, cast
 
 import attrs
 from attrs import field, frozen
 from cattrs import Converter
+from cattrs.cols import is_any_set, is_mapping, is_sequence
 from cattrs.errors import BaseValidationError, ClassValidationError, IterableValidationError
 from cattrs.v import format_exception
 
@@ -25,6 +28,8 @@ from ourvidz_core.errors import Fault, PayloadError
 MAX_MESSAGE_BYTES = 1_000_000
 #: Ids become parts of paths, so they are made of nothing that a path could trip over.
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+#: A producer's message is 4 levels deep; each level costs every later reader a call.
+MAX_NESTING = 64
 _SHOWN_CHARACTERS = 80
 
 T = TypeVar("T")
@@ -167,7 +172,8 @@ def faults_of(error: BaseException, *, path: str = "$") -> list[Fault]:
         faults = []
         with_index, others = error.group_exceptions()
         for inner, index in with_index:
-            faults.extend(faults_of(inner, path=f"{path}[{index.index!r}]"))
+            place = f".{index.index}" if isinstance(index.index, str) else f"[{index.index}]"
+            faults.extend(faults_of(inner, path=path + place))
         for inner in others:
             faults.extend(faults_of(inner, path=path))
         return faults
@@ -176,9 +182,18 @@ def faults_of(error: BaseException, *, path: str = "$") -> list[Fault]:
     if isinstance(error, KeyError):
         key = str(error.args[0])
         return [Fault(path if path.endswith(f".{key}") else f"{path}.{key}", "a value", "nothing")]
-    if isinstance(error, ValueError):
-        return [Fault(path, str(error), "a value outside that")]
-    return [Fault(path, format_exception(error, None), "something else")]
+    if isinstance(error, ValueError | TypeError) and error.args:
+        return [_refusal(error, path)]
+    return [Fault(path, format_exception(error, None), "")]
+
+
+def _refusal(error: ValueError | TypeError, path: str) -> Fault:
+    """What a validator of an attrs class raised. It says no path, but most name their attribute."""
+    sentence = str(error.args[0])
+    named = next((argument.name for argument in error.args[1:] if isinstance(argument, attrs.Attribute)), None)
+    if named is None and (quoted := re.match(r"'(\w+)' ", sentence)):
+        named = quoted[1]
+    return Fault(f"{path}.{named}" if named else path, sentence, "")
 
 
 class WrongType(ValueError):
@@ -192,15 +207,49 @@ class WrongType(ValueError):
 
 def _parse_json(raw: bytes) -> Any:
     try:
-        return json.loads(raw, parse_constant=_refuse_constant)
+        value = json.loads(raw, parse_constant=_refuse_constant, parse_float=_finite)
+        _refuse_half_characters(value)
     except RecursionError:
         raise PayloadError("the message is nested too deeply to be a job") from None
     except ValueError as error:
         raise PayloadError(f"the message is not JSON: {error}; it begins with {shown(raw[:40])}") from None
+    if _is_deeper(value, MAX_NESTING):
+        raise PayloadError(f"the message is nested too deeply to be a job: more than {MAX_NESTING} levels")
+    return value
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    """JSON can write 1e999; Python reads an infinity, which JSON cannot write again."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{shown(text)} is more than a double can hold")
+    return number
+
+
+def _refuse_half_characters(value: Any) -> None:
+    """Half of a surrogate pair is no character: nothing that quotes it could be sent as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{shown(error.object[error.start])} is half a character") from None
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _json_kind(value: object) -> str:
@@ -209,7 +258,10 @@ def _json_kind(value: object) -> str:
 
 
 def _exactly(kind: type, expected: str) -> Callable[[Any, Any], Any]:
-    def structure_exactly(value: Any, _: Any) -> Any:
+    def structure_exactly(value: Any, cls: Any) -> Any:
+        # cattrs asks the hook of str for a StrEnum, before any hook that looks closer.
+        if _is_enum(cls):
+            return _member(value, cls)
         # bool is an int to Python; on the wire true is no number.
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise WrongType(expected, value)
@@ -237,6 +289,10 @@ def _moment(value: Any, _: Any) -> datetime:
     raise WrongType("a date and time as ISO 8601 writes it", value)
 
 
+def _is_enum(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, Enum)
+
+
 def _member(value: Any, cls: type[Enum]) -> Enum:
     try:
         return cls(value)
@@ -259,9 +315,35 @@ def make_converter() -> Converter:
     made.register_structure_hook(float, _number)
     made.register_structure_hook(datetime, _moment)
     made.register_unstructure_hook(datetime, lambda moment: moment.isoformat())
-    made.register_structure_hook_func(lambda cls: isinstance(cls, type) and issubclass(cls, Enum), _member)
+    made.register_structure_hook_func(_is_enum, _member)
+    made.register_structure_hook_factory(attrs.has, lambda cls: _attrs_object(made, cls))
+    # cattrs iterates over whatever it is given, so "abc" would be a list of three strings.
+    lenient = made.copy()
+    made.register_structure_hook_factory(is_sequence, lambda cls: _only(list | tuple, "an array", lenient, cls))
+    made.register_structure_hook_factory(is_any_set, lambda cls: _only(list | set, "an array", lenient, cls))
+    made.register_structure_hook_factory(is_mapping, lambda cls: _only(dict, "an object", lenient, cls))
     made.register_structure_hook_func(lambda cls: cls == Mapping[str, Any], _object)
     return made
+
+
+def _only(kinds: UnionType | type, expected: str, lenient: Converter, cls: Any) -> Callable[[Any, Any], Any]:
+    inner = lenient.get_structure_hook(cls)
+
+    def structure_only(value: Any, target: Any) -> Any:
+        if not isinstance(value, kinds):
+            raise WrongType(expected, value)
+        return inner(value, target)
+
+    return structure_only
+
+
+def _attrs_object(made: Converter, cls: type[Any]) -> Callable[[Any, Any], Any]:
+    inner = made.gen_structure_attrs_fromdict(cls)
+
+    def structure_attrs_object(value: Any, target: Any) -> Any:
+        return inner(_object(value, target), target)
+
+    return structure_attrs_object
 
 
 converter = make_converter()
