@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
+import attrs
 from attrs import field, frozen, validators
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
@@ -38,6 +40,11 @@ def _name(_: object, attribute: Any, value: str) -> None:
         )
 
 
+def _instance_of_attrs_class(_: object, attribute: Any, value: object) -> None:
+    if not attrs.has(type(value)):
+        raise TypeError(f"{attribute.name} must be an instance of an attrs class, not {value!r}")
+
+
 @frozen(kw_only=True)
 class JobType:
     """One kind of job: what it is called, where it comes from and what it needs.
@@ -56,10 +63,10 @@ class JobType:
     bucket: str = field(validator=_name)
     quality: Quality | None = None
     #: The configuration that a message without ``config`` gets.
-    preset: Any = field(factory=NoConfig)
+    preset: Any = field(factory=NoConfig, validator=_instance_of_attrs_class)
     #: Extension of the result files, without the dot; png or mp4 unless said.
-    file_extension: str = field()
-    media_type: str = field()
+    file_extension: str = field(validator=validators.matches_re(r"[a-z0-9]{1,8}"))
+    media_type: str = field(validator=validators.matches_re(r"[a-z]+/[a-z0-9.+-]+"))
     #: A result file above this is refused before it is uploaded (MB of 10**6 bytes).
     max_asset_mb: float = field(default=50.0, validator=validators.gt(0))
     #: Device memory that a job of this type needs, weights and work together (GiB).
@@ -69,6 +76,8 @@ class JobType:
     #: The engine is stopped when a job of this type takes longer.
     timeout_seconds: float = field(default=600.0, validator=validators.gt(0))
     description: str = ""
+    #: Fields of a message that shows the type off, such as ``prompt`` and ``config``; for demos and checks.
+    sample: Mapping[str, Any] = field(factory=dict)
 
     @bucket.default
     def _bucket_is_named_after_the_type(self) -> str:
