@@ -10,13 +10,16 @@ nothing counts as not set.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+from urllib.parse import unquote, urlsplit
 
 import attrs
 from attrs import frozen
@@ -26,7 +29,7 @@ from typed_settings.cls_attrs import option, secret
 from typed_settings.converters import default_converter
 from typed_settings.exceptions import TsError
 from typed_settings.loaders import DictLoader, FileLoader, Loader, TomlFormat
-from typed_settings.types import SecretStr
+from typed_settings.types import OptionList, SecretStr, SettingsDict
 
 from ourvidz_core.errors import SettingsError
 
@@ -34,6 +37,7 @@ Section = TypeVar("Section")
 
 PREFIX = "OURVIDZ_"
 SETTINGS_FILE = "OURVIDZ_SETTINGS"
+_SEARCHED_CHARACTERS = 8
 #: Names without our prefix that deployments already use; ours win.
 WELL_KNOWN_NAMES = {
     "redis_url": "REDIS_URL",
@@ -70,13 +74,13 @@ class LogLevel(StrEnum):
 
 
 def _positive(_: object, attribute: Any, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{attribute.name} must be above 0, not {value}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{attribute.name} must be a number above 0, not {value}")
 
 
 def _not_negative(_: object, attribute: Any, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{attribute.name} must not be below 0, not {value}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{attribute.name} must be 0 or above, not {value}")
 
 
 def _secret_default() -> SecretStr:
@@ -194,7 +198,9 @@ class Settings:
     # -- engine
     device: str = option(default="auto", help="auto, cpu, cuda or cuda:N")
     vram_budget_gb: float | None = option(
-        default=None, help="Device memory that warm models may take; default: what the device has, less 10%"
+        default=None,
+        validator=attrs.validators.optional(_positive),
+        help="Device memory that warm models may take, in GiB; default: what the device has, less 10%",
     )
     engine_start_seconds: float = option(
         default=300.0, validator=_positive, help="Time limit for the engine process to get ready"
@@ -237,7 +243,9 @@ class Settings:
     def secrets(self) -> tuple[str, ...]:
         """The values that must not leave this process."""
         values = (getattr(self, field.name) for field in attrs.fields(Settings))
-        return tuple(str(value) for value in values if isinstance(value, SecretStr) and value)
+        known = [str(value) for value in values if isinstance(value, SecretStr) and value]
+        password = urlsplit(str(self.redis_url)).password
+        return (*known, *((password, unquote(password)) if password else ()))
 
 
 def load(environ: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
@@ -274,13 +282,17 @@ def engine_environment(settings: Settings, environ: Mapping[str, str] = os.envir
     secret_names = {*WELL_KNOWN_NAMES.values()}
     secret_names |= {variable_of(name) for name in WELL_KNOWN_NAMES}
     secret_names |= {variable_of(field.name) for field in attrs.fields(Settings) if _is_secret(field.name)}
-    secret_values = settings.secrets
     kept = {
         name: value
         for name, value in environ.items()
-        if name not in secret_names and not any(known in value for known in secret_values)
+        if name not in secret_names and not any(_holds(value, secret) for secret in settings.secrets)
     }
     return {**kept, **settings.engine_env}
+
+
+def _holds(value: str, secret: str) -> bool:
+    """A secret of a few characters, such as a laptop's ``dev``, is found in many a path by chance."""
+    return value == secret or (len(secret) >= _SEARCHED_CHARACTERS and secret in value)
 
 
 def _is_secret(name: str) -> bool:
@@ -294,15 +306,28 @@ def _load_class(cls: type[Section], section: str, environ: Mapping[str, str]) ->
         if not Path(settings_file).is_file():
             raise SettingsError(f"{SETTINGS_FILE} names {settings_file}, which is no file")
         table = "ourvidz" + (f".{section}" if section else "")
-        loaders.append(FileLoader(files=[settings_file], formats={"*.toml": TomlFormat(table)}))
+        loaders.append(FileLoader(files=[settings_file], formats={"*": _Table(table)}))
     names = [field.name for field in attrs.fields(cls)]  # type: ignore[arg-type]
     variables = {} if section else {n: environ[v] for n, v in WELL_KNOWN_NAMES.items() if environ.get(v)}
     variables |= {n: environ[variable_of(n, section)] for n in names if environ.get(variable_of(n, section))}
     loaders.append(DictLoader(_split(cls, variables, section)))
     try:
         return _load(cls, loaders, converter=default_converter(resolve_paths=False))
-    except (TsError, ValueError, TypeError) as error:
+    except (TsError, ValueError, TypeError, AttributeError) as error:  # the last: a table that is no table
         raise SettingsError(_explain(error, names, section)) from error
+
+
+class _Table(TomlFormat):
+    """One table of the file, without the tables below it that are other sections' settings."""
+
+    def __call__(self, path: Path, settings_cls: type, options: OptionList) -> SettingsDict:
+        names = {option.path.partition(".")[0] for option in options}
+        values = super().__call__(path, settings_cls, options)
+        return {
+            name: value
+            for name, value in values.items()
+            if not isinstance(value, dict) or name.replace("-", "_") in names
+        }
 
 
 def _split(cls: type, variables: Mapping[str, str], section: str) -> dict[str, Any]:
@@ -324,13 +349,11 @@ def _split(cls: type, variables: Mapping[str, str], section: str) -> dict[str, A
 
 
 def _explain(error: Exception, names: Iterable[str], section: str) -> str:
-    parts = [str(error)]
+    parts = [str(inner) for inner in getattr(error, "exceptions", ())] or [str(error)]
     cause: BaseException | None = error.__cause__
     while cause is not None:
         parts.append(str(cause))
         cause = cause.__cause__
-    for inner in getattr(error, "exceptions", ()):
-        parts.append(str(inner))
     text = "; ".join(part for part in parts if part)
-    named = [variable_of(name, section) for name in names if name in text]
+    named = [variable_of(name, section) for name in names if re.search(rf"\b{name}\b", text)]
     return f"{', '.join(named) or 'settings'}: {text}"
