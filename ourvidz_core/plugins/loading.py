@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
-from importlib.metadata import distributions
+from importlib.metadata import Distribution, distributions
 from typing import Any
 
 import pluggy
@@ -21,7 +22,7 @@ from ourvidz_core.errors import DuplicateJobType, InvalidJobType, RequiredPlugin
 from ourvidz_core.plugins import hookspecs
 from ourvidz_core.plugins.defaults import CoreDefaults
 from ourvidz_core.plugins.hookspecs import PROJECT
-from ourvidz_core.plugins.registry import Owner, Registry
+from ourvidz_core.plugins.registry import OWNER_HOOKS, Owner, Registry
 from ourvidz_core.settings import Settings
 from ourvidz_core.wire.job_types import JobType
 
@@ -62,15 +63,28 @@ class PluginRecord:
 
 def installed_plugins(group: str = ENTRY_POINT_GROUP) -> list[FoundPlugin]:
     """The plugins whose distributions declare an entry point of ``group``, by name."""
-    found = {}
+    found: dict[str, FoundPlugin] = {}
     for distribution in distributions():
-        for entry_point in distribution.entry_points:
-            # The first on the path is the one that an import finds, so it is the one that counts.
-            if entry_point.group == group and distribution.name not in found:
-                found[distribution.name] = FoundPlugin(
-                    distribution=distribution.name, version=distribution.version, load=entry_point.load
-                )
+        try:
+            plugin = _plugin_of(distribution, group)
+        except Exception as error:  # the remains of some installation, which may be none of ours
+            logger.warning("the metadata of a distribution cannot be read: %s: %s", type(error).__name__, error)
+            continue
+        # The first on the path is the one that an import finds, so it is the one that counts.
+        if plugin is not None:
+            found.setdefault(_canonical(plugin.distribution), plugin)
     return [found[name] for name in sorted(found)]
+
+
+def _plugin_of(distribution: Distribution, group: str) -> FoundPlugin | None:
+    for entry_point in distribution.entry_points:
+        if entry_point.group == group:
+            # Not distribution.name: it is None where the metadata lacks it, whatever its type says.
+            name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+            return FoundPlugin(
+                distribution=name or entry_point.name, version=version or "unknown", load=entry_point.load
+            )
+    return None
 
 
 def load_registry(settings: Settings, found: Iterable[FoundPlugin] | None = None) -> Registry:
@@ -116,6 +130,8 @@ def _load(
             _refuse_unknown_hooks(manager, module)
             stage = "job types"
             job_types = _declared_job_types(module)
+            if not job_types:
+                _refuse_unowned_answers(manager, module)
     except (Exception, SystemExit) as error:
         manager.unregister(name=plugin.distribution) if manager.has_plugin(plugin.distribution) else None
         return evolve(record, reason=f"({stage}) {type(error).__name__}: {error}"), ()
@@ -132,11 +148,17 @@ def _load(
 
 
 def _blocked(distribution: str, settings: Settings) -> str | None:
-    if distribution in settings.block_plugins:
+    name = _canonical(distribution)
+    if name in map(_canonical, settings.block_plugins):
         return "OURVIDZ_BLOCK_PLUGINS names it"
-    if settings.allow_plugins is not None and distribution not in settings.allow_plugins:
+    if settings.allow_plugins is not None and name not in map(_canonical, settings.allow_plugins):
         return "OURVIDZ_ALLOW_PLUGINS does not name it"
     return None
+
+
+def _canonical(distribution: str) -> str:
+    """The one spelling of a name that pip, too, takes Acme_Wan, acme.wan and acme-wan for."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _refuse_unknown_hooks(manager: pluggy.PluginManager, module: object) -> None:
@@ -147,6 +169,18 @@ def _refuse_unknown_hooks(manager: pluggy.PluginManager, module: object) -> None
                 sorted(name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), f"{PROJECT}_spec"))
             )
             raise pluggy.PluginValidationError(module, f"there is no hook {caller.name!r}; the hooks are {known}")
+
+
+def _refuse_unowned_answers(manager: pluggy.PluginManager, module: object) -> None:
+    """An extension's plain answer to an owner's hook would be the answer for every owner's jobs."""
+    for caller in manager.get_hookcallers(module) or ():
+        for impl in caller.get_hookimpls():
+            if caller.name in OWNER_HOOKS and impl.plugin is module and not (impl.wrapper or impl.hookwrapper):
+                raise pluggy.PluginValidationError(
+                    module,
+                    f"it answers {caller.name} and registers no job types; only a type's owner may answer,"
+                    " an extension may wrap: @hookimpl(wrapper=True)",
+                )
 
 
 def _declared_job_types(module: object) -> tuple[JobType, ...]:
@@ -180,9 +214,9 @@ def _refuse_collisions(declared: Sequence[tuple[FoundPlugin, tuple[JobType, ...]
 
 
 def _require(required: Iterable[str], records: Iterable[PluginRecord]) -> None:
-    by_name = {record.distribution: record for record in records}
+    by_name = {_canonical(record.distribution): record for record in records}
     for name in required:
-        record = by_name.get(name)
+        record = by_name.get(_canonical(name))
         if record is None:
             raise RequiredPluginMissing(f"{name} is required and not installed; pip install {name}")
         if record.status is not PluginStatus.LOADED:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from ourvidz_core.plugins.loading import PluginRecord
 
 logger = logging.getLogger(__name__)
+
+#: The hooks that are asked of the owner of a job's type, and that an extension may only wrap.
+OWNER_HOOKS = ("parse_job", "prepare_job", "build_command", "generate", "choose_bucket")
 
 Answer = TypeVar("Answer")
 
@@ -55,10 +59,7 @@ class OwnedJobType:
         job = self._ask("parse_job", Job, job_type=self.job_type, payload=payload)
         if job.id != payload.id or job.user_id != payload.user_id or job.job_type != self.job_type.name:
             raise self._failed("parse_job", "it changed the job's id, user_id or job_type")
-        if not isinstance(job.config, type(self.job_type.preset)):
-            raise self._failed(
-                "parse_job", f"config is {shown(job.config)}, not a {type(self.job_type.preset).__name__}"
-            )
+        self._check_job("parse_job", job)
         return job
 
     def prepare_job(self, job: Job, context: JobContext) -> Job:
@@ -66,6 +67,7 @@ class OwnedJobType:
         prepared = self._ask("prepare_job", Job, job=job, context=context)
         if (prepared.id, prepared.user_id, prepared.job_type) != (job.id, job.user_id, job.job_type):
             raise self._failed("prepare_job", "it changed the job's id, user_id or job_type")
+        self._check_job("prepare_job", prepared)
         return prepared
 
     def build_command(self, job: Job, context: JobContext) -> Command | None:
@@ -75,8 +77,14 @@ class OwnedJobType:
     def generate(self, job: Job, command: Command | None, context: JobContext) -> Generation:
         """Ask for the artifacts."""
         generation = self._ask("generate", Generation, job=job, command=command, context=context)
-        if not generation.artifacts:
+        artifacts = generation.artifacts
+        if not isinstance(artifacts, tuple | list) or not artifacts:
             raise self._failed("generate", "it answered a generation without artifacts")
+        for artifact in artifacts:
+            if not isinstance(artifact, Artifact) or not isinstance(artifact.path, Path):
+                raise self._failed("generate", f"artifacts hold {shown(artifact)}, not an Artifact with a pathlib.Path")
+        if len({artifact.path for artifact in artifacts}) < len(artifacts):
+            raise self._failed("generate", "it answered one file as two artifacts")
         _require_json(generation.facts, lambda reason: self._failed("generate", f"facts {reason}"))
         return generation
 
@@ -101,7 +109,7 @@ class OwnedJobType:
             for answer in _guarded(lambda hook=hook: hook(job=job, generation=generation), failed):  # type: ignore[misc]
                 if not isinstance(answer, Mapping):
                     raise failed(f"it answered {shown(answer)}, not a mapping")
-                _require_json(answer, failed)
+                _require_json(answer, lambda reason, failed=failed: failed(f"its answer {reason}"))  # type: ignore[misc]
                 for key, value in answer.items():
                     if key in metadata:
                         raise MetadataClash(
@@ -111,6 +119,16 @@ class OwnedJobType:
                     metadata[key] = value
                     reported_by[key] = distribution
         return metadata
+
+    def _check_job(self, hook: str, job: Job) -> None:
+        preset = type(self.job_type.preset)
+        if not isinstance(job.config, preset):
+            raise self._failed(hook, f"config is {shown(job.config)}, not a {preset.__name__}")
+        for name in ("facts", "ignored_config"):
+            values = getattr(job, name)
+            if not isinstance(values, Mapping):
+                raise self._failed(hook, f"{name} is {shown(values)}, not a mapping")
+            _require_json(values, lambda reason, name=name: self._failed(hook, f"{name} {reason}"))  # type: ignore[misc]
 
     def _ask(self, name: str, kind: type[Answer], **arguments: Any) -> Answer:
         answer = self._ask_optional(name, kind, **arguments)
@@ -143,10 +161,7 @@ class Registry:
         self._owned: dict[str, OwnedJobType] = {}
         for owner in owners:
             heard = [owner, *extensions]
-            hooks = {
-                name: self._bind(name, plugins, heard)
-                for name in ("parse_job", "prepare_job", "build_command", "generate", "choose_bucket")
-            }
+            hooks = {name: self._bind(name, plugins, heard) for name in OWNER_HOOKS}
             metadata_hooks = tuple(
                 (plugin.distribution, self._bind("enrich_metadata", plugins, [plugin])) for plugin in heard
             )
@@ -215,8 +230,8 @@ def _guarded(ask: Callable[[], Any], failed: Callable[[str], HookFailed]) -> Any
 
 def _require_json(facts: Mapping[str, Any], failed: Callable[[str], HookFailed]) -> None:
     try:
-        json.dumps(dict(facts), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        json.dumps(dict(facts), allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise failed(f"hold something that JSON cannot: {error}") from error
     if not all(isinstance(key, str) for key in facts):
         raise failed("have a key that is no string")
