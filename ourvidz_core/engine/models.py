@@ -59,9 +59,9 @@ class ModelCache:
         if budget is None:
             return
         while self._resident and sum(r.vram_gb for r in self._resident.values()) + vram_gb > budget:
-            key, _ = self._resident.popitem(last=False)
+            key = next(iter(self._resident))
             logger.info("model %s leaves: %.1f GiB are needed and the budget is %.1f GiB", key, vram_gb, budget)
-            _free_memory()
+            self.drop(key)  # no name here may still hold the model while its memory is freed
 
 
 def _device_budget_gb() -> float | None:
