@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import signal
 import subprocess
 import threading
 import time
@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from ourvidz_core.engine.processes import kill_group
+from ourvidz_core.engine.processes import ending_of, kill_group
 from ourvidz_core.errors import CommandFailed, JobTimeout
 from ourvidz_core.wire.commands import Command
 
 #: What an error carries of a command's output; a command may print gigabytes.
 TAIL_LINES = 40
 _LINE_BYTES = 4096
+_CHUNK_BYTES = 65536
 _POLL_SECONDS = 0.05
 
 
@@ -51,7 +52,7 @@ def run_command(
             stderr=subprocess.STDOUT,
             process_group=0,
         )
-    except OSError as error:
+    except (OSError, ValueError, TypeError) as error:  # the latter two: a NUL or a number in its environment
         raise CommandFailed(f"{command.argv[0]} cannot be started: {error}") from error
     assert process.stdout is not None
     output = _Output(process.stdout, command.progress_pattern)
@@ -74,15 +75,9 @@ def run_command(
         on_progress(*latest)
     if process.returncode != 0:
         raise CommandFailed(
-            f"{command.argv[0]} ended with {_ending(process.returncode)}: {output.last_line()}",
+            f"{command.argv[0]} ended with {ending_of(process.returncode)}: {output.last_line()}",
             details={"exit_status": process.returncode, "output_tail": output.tail()},
         )
-
-
-def _ending(returncode: int) -> str:
-    if returncode >= 0:
-        return f"exit status {returncode}"
-    return f"signal {signal.Signals(-returncode).name}"
 
 
 class _Output:
@@ -116,13 +111,31 @@ class _Output:
         self._thread.join(timeout=1.0)
 
     def _drain(self) -> None:
+        unfinished = b""
         with self._stream:
-            # readline with a bound: a line without an end must not fill the memory.
-            while line := self._stream.readline(_LINE_BYTES):
-                # A progress bar ends its lines with a carriage return.
-                text = line.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
-                self._lines.append(text)
-                if match := self._pattern.search(text):
-                    self._progress = (int(match["step"]), int(match["total"]))
+            while chunk := os.read(self._stream.fileno(), _CHUNK_BYTES):
+                *lines, unfinished = (unfinished + chunk).split(b"\n")
+                self._keep(lines)
+                # A progress bar ends its states with a carriage return and its line much later, if ever.
+                *states, last = unfinished.split(b"\r")
+                self._look_for_progress(states)
+                unfinished = b"\r".join((*states[-1:], last))[-_LINE_BYTES:]  # a line may be endless
                 self._news.set()
+        self._keep([unfinished])
         self._news.set()
+
+    def _keep(self, lines: list[bytes]) -> None:
+        for line in lines[-TAIL_LINES:]:
+            self._lines.append(_text(line.rstrip(b"\r").rpartition(b"\r")[2]))
+        self._look_for_progress([state for line in lines for state in line.split(b"\r")])
+
+    def _look_for_progress(self, states: list[bytes]) -> None:
+        for state in reversed(states):
+            if match := self._pattern.search(_text(state)):
+                with contextlib.suppress(ValueError, TypeError):  # a group that is empty, or no number
+                    self._progress = (int(match["step"]), int(match["total"]))
+                return
+
+
+def _text(line: bytes) -> str:
+    return line[-_LINE_BYTES:].decode("utf-8", "replace")

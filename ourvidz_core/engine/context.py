@@ -77,7 +77,7 @@ class EngineContext:
     def progress(self, step: int, total: int, *, stage: str = "generate") -> None:
         """Report a step; raises where the job shall stop."""
         self._stop_if_asked()
-        self._on_progress(stage, step, total)
+        self._on_progress(str(stage), int(step), int(total))  # a numpy or torch integer is welcome
 
     def run(self, command: Command) -> tuple[Artifact, ...]:
         """Run the command and collect its outputs."""
@@ -95,7 +95,8 @@ class EngineContext:
                 f"{command.argv[0]} ended well and no output was declared;"
                 " give the command outputs=..., or take its paths from context.output_path"
             )
-        return tuple(_artifact(path, command) for path in outputs)
+        base = command.cwd or self.work_dir
+        return tuple(_artifact(base / path, command) for path in outputs)
 
     def _stop_if_asked(self) -> None:
         if self._cancelled.is_set():
