@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
+import re
 import subprocess
 import sys
 import threading
@@ -14,8 +14,17 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import IO, Protocol
 
-from ourvidz_core.engine.processes import kill_session
-from ourvidz_core.engine.protocol import CancelJob, Channel, EngineReady, JobBroken, JobFinished, Progress, RunJob
+from ourvidz_core.engine.processes import ending_of, kill_session
+from ourvidz_core.engine.protocol import (
+    CancelJob,
+    Channel,
+    EngineMessage,
+    EngineReady,
+    JobBroken,
+    JobFinished,
+    Progress,
+    RunJob,
+)
 from ourvidz_core.errors import EngineCrashed, EngineUnusable, JobCancelled, JobTimeout, OutOfMemory
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.wire.artifacts import FinishedGeneration
@@ -28,7 +37,11 @@ GRACE_SECONDS = 3.0
 #: A cancelled job that did not stop at its next step by then is stopped with its engine.
 CANCEL_SECONDS = 1.0
 _POLL_SECONDS = 0.1
-_TAIL_LINES = 30
+_TAIL_LINES = 200
+#: faulthandler's first line; a stack of many lines follows it.
+_FATAL_LINE = re.compile(r"Fatal Python error: ")
+#: A traceback's last line; notes and the lines of a long message may follow it.
+_EXCEPTION_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Missing|Group|Type)\b.*: ")
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -102,15 +115,12 @@ class EngineProcess:
         self._channel = Channel(ours, self._registry)
         deadline = time.monotonic() + self._start_seconds
         try:
-            while not self._channel.poll(_POLL_SECONDS):
+            while (ready := self._receive()) is None:
                 if time.monotonic() >= deadline:
+                    self.close()
                     raise EngineCrashed(f"the engine was not ready after {self._start_seconds:g} s: {self._log.end()}")
-            ready = self._channel.receive()
-        except (EOFError, OSError):
+        except _EngineGone:
             raise self._crashed("while it started") from None
-        except EngineCrashed:
-            self.close()
-            raise
         assert isinstance(ready, EngineReady)
         loaded = {record.distribution for record in self._registry.records if record.status == "loaded"}
         if missing := loaded - set(ready.plugins):
@@ -129,36 +139,66 @@ class EngineProcess:
     ) -> FinishedGeneration:
         """Generate ``job``; see :meth:`Engine.run`. Starts the engine where none runs."""
         self.start()
-        assert self._channel is not None
-        deadline = time.monotonic() + timeout_seconds + GRACE_SECONDS
-        cancel_deadline: float | None = None
+        assert self._log is not None
+        self._log.begin()
+        answer: JobFinished | JobBroken | None = None
         try:
-            self._channel.send(RunJob(job=job, work_dir=work_dir, timeout_seconds=timeout_seconds))
-            while True:
-                if self._channel.poll(_POLL_SECONDS):
-                    match self._channel.receive():
-                        case Progress(stage=stage, step=step, total=total):
-                            on_progress(stage, step, total)
-                        case JobFinished(finished=finished):
-                            return finished
-                        case JobBroken(error=error):
-                            if isinstance(error, EngineUnusable | OutOfMemory):
-                                self.close()  # what the device still holds goes with the process
-                            raise error
-                now = time.monotonic()
-                if cancelled is not None and cancelled.is_set() and cancel_deadline is None:
-                    cancel_deadline = now + CANCEL_SECONDS
-                    self._channel.send(CancelJob())
-                if cancel_deadline is not None and now >= cancel_deadline:
-                    self.close()
-                    raise JobCancelled("the job was cancelled while it was running; its engine was stopped")
-                if now >= deadline:
-                    self.close()
-                    raise JobTimeout(
-                        f"the job was still running after {timeout_seconds:g} s and did not stop; its engine was killed"
-                    )
-        except (EOFError, OSError):
+            request = RunJob(job=job, work_dir=work_dir, timeout_seconds=timeout_seconds)
+            answer = self._answer(request, on_progress, cancelled or threading.Event())
+        except _EngineGone:
             raise self._crashed(f"while it worked on {job.job_type}") from None
+        finally:
+            if answer is None:  # it still works on this job, and what it says of it must not reach the next one
+                self.close()
+        match answer:
+            case JobFinished(finished=finished):
+                return finished
+            case JobBroken(error=error):
+                if isinstance(error, EngineUnusable | OutOfMemory):
+                    self.close()  # what the device still holds goes with the process
+                raise error
+
+    def _answer(self, request: RunJob, on_progress: OnProgress, cancelled: threading.Event) -> JobFinished | JobBroken:
+        deadline = time.monotonic() + request.timeout_seconds + GRACE_SECONDS
+        cancel_deadline: float | None = None
+        self._send(request)
+        while True:
+            match self._receive():
+                case JobFinished() | JobBroken() as answer:
+                    return answer
+                case Progress(stage=stage, step=step, total=total):
+                    on_progress(stage, step, total)
+            now = time.monotonic()
+            if cancelled.is_set() and cancel_deadline is None:
+                cancel_deadline = now + CANCEL_SECONDS
+                self._send(CancelJob())
+            if cancel_deadline is not None and now >= cancel_deadline:
+                raise JobCancelled("the job was cancelled while it was running; its engine was stopped")
+            if now >= deadline:
+                raise JobTimeout(
+                    f"the job was still running after {request.timeout_seconds:g} s and did not stop;"
+                    " its engine was killed"
+                )
+
+    def _send(self, message: EngineMessage) -> None:
+        assert self._channel is not None
+        try:
+            self._channel.send(message)
+        except OSError:
+            raise _EngineGone from None
+
+    def _receive(self) -> EngineMessage | None:
+        """The next message, or None where none comes for a moment."""
+        assert self._channel is not None
+        try:
+            if self._channel.poll(_POLL_SECONDS):
+                return self._channel.receive()
+        except (EOFError, OSError):
+            raise _EngineGone from None
+        # A child that the engine forked may hold the pipe open after the engine's death.
+        if self.pid is None and not self._channel.poll(0):
+            raise _EngineGone
+        return None
 
     def close(self) -> None:
         """Kill the engine and its whole session, if it is there."""
@@ -179,11 +219,15 @@ class EngineProcess:
         try:
             # The pipe closes a moment before the process is gone.
             returncode = process.wait(timeout=2.0)
-            ending = signal.Signals(-returncode).name if returncode < 0 else f"exit status {returncode}"
+            ending = ending_of(returncode)
         except subprocess.TimeoutExpired:
             ending = "its pipe closed"
         self.close()
         return EngineCrashed(f"the engine died {when} ({ending}): {log.end()}", details={"engine_ending": ending})
+
+
+class _EngineGone(Exception):
+    """The engine's end of the pipe, or the engine itself, is no more."""
 
 
 class _EngineLog:
@@ -195,10 +239,19 @@ class _EngineLog:
         self._thread = threading.Thread(target=self._drain, name="engine-log", daemon=True)
         self._thread.start()
 
+    def begin(self) -> None:
+        """Forget what was logged of earlier jobs: it does not explain what becomes of this one."""
+        self._lines.clear()
+
     def end(self) -> str:
-        """The last line, which is an exception's message where the engine raised one."""
+        """The line that says most about the end: a fatal error, an exception's message, else the last one."""
         self._thread.join(timeout=0.5)
-        return next((line for line in reversed(self._lines) if line.strip()), "it logged nothing")
+        lines = [line for line in list(self._lines) if line.strip()]
+        for pattern in (_FATAL_LINE, _EXCEPTION_LINE):
+            for line in reversed(lines):
+                if pattern.match(line):
+                    return line
+        return lines[-1] if lines else "it logged nothing"
 
     def close(self) -> None:
         self._thread.join(timeout=1.0)

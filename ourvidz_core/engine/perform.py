@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
 import time
@@ -12,7 +13,7 @@ import attrs
 
 from ourvidz_core.engine.checks import check_artifact
 from ourvidz_core.engine.context import EngineContext
-from ourvidz_core.errors import ArtifactError, EngineUnusable, HookFailed, JobError, OutOfMemory
+from ourvidz_core.errors import ArtifactError, DiskFull, EngineUnusable, HookFailed, JobError, OutOfMemory
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.wire.artifacts import Artifact, FinishedGeneration
 from ourvidz_core.wire.jobs import Job
@@ -34,7 +35,7 @@ def perform(registry: Registry, job: Job, context: EngineContext) -> FinishedGen
         command = owned.build_command(prepared, context)
         generation = owned.generate(prepared, command, context)
     except JobError as error:
-        raise _device_error(error) from error
+        raise _machine_error(error) from error
     artifacts = tuple(_checked(artifact, context, owned.job_type.media_type) for artifact in generation.artifacts)
     if prepared.asset_count is not None and len(artifacts) != prepared.asset_count:
         raise ArtifactError(
@@ -56,12 +57,14 @@ def _checked(artifact: Artifact, context: EngineContext, media_type: str) -> Art
     return check_artifact(artifact, media_type=media_type)
 
 
-def _device_error(error: JobError) -> JobError:
-    """What torch raised, in our words. Told by names, so that core needs no torch."""
+def _machine_error(error: JobError) -> JobError:
+    """What torch or the disk raised, in our words. Told by names, so that core needs no torch."""
     if not isinstance(error, HookFailed):
         return error
     cause = error.__cause__
     text = str(cause)
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"no room is left on the worker's disk: {text}; free some, or set OURVIDZ_WORK_DIR")
     if type(cause).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
         _release_memory()
         return OutOfMemory(f"the device has too little memory for this job: {text}")

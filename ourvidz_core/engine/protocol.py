@@ -6,6 +6,7 @@ The engine's standard output stays free for whatever plugins print.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 import attrs
 from attrs import frozen
+from cattrs.errors import BaseValidationError
 
 import ourvidz_core.errors
 from ourvidz_core.errors import HookFailed, JobError
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.wire.artifacts import FinishedGeneration, Generation
 from ourvidz_core.wire.jobs import Job, References
-from ourvidz_core.wire.payloads import converter
+from ourvidz_core.wire.payloads import converter, faults_of
 
 #: A result names its files; it does not carry them.
 MAX_MESSAGE_BYTES = 16_000_000
@@ -81,6 +83,7 @@ class Channel:
     def __init__(self, connection: Connection, registry: Registry) -> None:
         self._connection = connection
         self._registry = registry
+        self._sending = threading.Lock()
 
     def send(self, message: EngineMessage) -> None:
         """Write one message; an ``OSError`` says that the other end is gone."""
@@ -103,11 +106,22 @@ class Channel:
             case _:
                 body = converter.unstructure(message)
         text = json.dumps({"kind": type(message).__name__, **body}, default=str)
-        self._connection.send_bytes(text.encode())
+        with self._sending:  # a plugin may report progress from a thread of its own
+            self._connection.send_bytes(text.encode())
 
     def receive(self) -> EngineMessage:
-        """Read one message; ``EOFError`` or ``OSError`` says that the other end is gone."""
-        body = json.loads(self._connection.recv_bytes(MAX_MESSAGE_BYTES))
+        """Read one message; ``EOFError`` or ``OSError`` says that the other end is gone.
+
+        :raises HookFailed: a plugin put a value into it that its place does not take.
+        """
+        raw = self._connection.recv_bytes(MAX_MESSAGE_BYTES)
+        try:
+            return self._decode(json.loads(raw))
+        except BaseValidationError as error:
+            faults = "; ".join(str(fault) for fault in faults_of(error))
+            raise HookFailed(f"a plugin changed a job or made a result that cannot be read: {faults}") from error
+
+    def _decode(self, body: dict[str, Any]) -> EngineMessage:
         kind = _KINDS[body.pop("kind")]
         if kind is RunJob:
             return RunJob(

@@ -6,6 +6,7 @@ pipe closes, nothing of it is left.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import queue
@@ -27,7 +28,7 @@ from ourvidz_core.engine.protocol import (
     Progress,
     RunJob,
 )
-from ourvidz_core.errors import GenerationError, JobError, OurVidzError
+from ourvidz_core.errors import GenerationError, JobError
 from ourvidz_core.plugins.loading import load_registry
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.settings import Settings, load
@@ -48,7 +49,7 @@ class EngineServer:
         self._models = ModelCache(settings.vram_budget_gb)
         self._jobs: queue.SimpleQueue[RunJob] = queue.SimpleQueue()
         self._cancelled = threading.Event()
-        self._progress_said = 0.0
+        self._progress_said: tuple[float, tuple[str, int, int]] = (0.0, ("", 0, 0))
 
     def serve(self) -> None:
         """Work until the worker goes away."""
@@ -82,7 +83,10 @@ class EngineServer:
                 message = self._channel.receive()
             except (EOFError, OSError):
                 _end()
-            except OurVidzError as error:
+            except JobError as error:
+                self._channel.send(JobBroken(error=error))
+            except Exception as error:  # a deaf engine would neither stop a job nor see the worker go
+                logger.exception("a message of the worker could not be read")
                 self._channel.send(JobBroken(error=GenerationError(f"the engine could not read a job: {error}")))
             else:
                 match message:
@@ -93,10 +97,18 @@ class EngineServer:
                         self._cancelled.set()
 
     def _say_progress(self, stage: str, step: int, total: int) -> None:
-        now = time.monotonic()
-        if step >= total or now - self._progress_said >= _PROGRESS_SECONDS:
-            self._progress_said = now
+        now, step_is = time.monotonic(), (stage, step, total)
+        said_at, said = self._progress_said
+        if step_is != said and (step >= total or now - said_at >= _PROGRESS_SECONDS):
+            self._progress_said = (now, step_is)
             self._channel.send(Progress(stage=stage, step=step, total=total))
+
+
+def _end_with_worker(connection: Connection, is_loaded: threading.Event) -> None:
+    """While plugins load, nothing is read; all that can come is the end."""
+    while not is_loaded.is_set():
+        if connection.poll(0.2) and not is_loaded.is_set():
+            _end()
 
 
 def _end() -> None:
@@ -113,8 +125,14 @@ def main(descriptor: int) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
     )
+    faulthandler.enable()  # a crash in native code says where
+    os.set_inheritable(descriptor, False)  # a program that a plugin starts must not hold the pipe open
+    connection = Connection(descriptor)
+    is_loaded = threading.Event()
+    threading.Thread(target=_end_with_worker, args=(connection, is_loaded), name="engine-watch", daemon=True).start()
     registry = load_registry(settings)
-    EngineServer(Connection(descriptor), settings, registry).serve()
+    is_loaded.set()
+    EngineServer(connection, settings, registry).serve()
 
 
 if __name__ == "__main__":
