@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +14,7 @@ from ourvidz_core.plugins.registry import OwnedJobType
 from ourvidz_core.wire.artifacts import Asset, FinishedGeneration
 from ourvidz_core.wire.callbacks import Callback, JobStatus
 from ourvidz_core.wire.jobs import Job
+from ourvidz_core.wire.payloads import shown
 
 
 def processing_report(job: Job) -> Callback:
@@ -50,7 +53,9 @@ def completed_report(
     }
     if job.expected_seconds is not None:
         measured["expected_time"] = job.expected_seconds
-        measured["performance_ratio"] = round(finished.seconds / job.expected_seconds, 3)
+        ratio = finished.seconds / job.expected_seconds
+        if math.isfinite(ratio):  # an expectation of 5e-324 s is above 0
+            measured["performance_ratio"] = round(ratio, 3)
     metadata = owned.enrich_metadata(job, finished.generation, _with_facts(owned, measured, finished))
     return Callback(
         job_id=job.id,
@@ -65,7 +70,7 @@ def failed_report(
     job_id: str, error: JobError, *, job_type: str | None, job: Job | None, attempts: Mapping[str, Any]
 ) -> Callback:
     """The callback of a job that is over without a result."""
-    known: dict[str, Any] = dict(job.facts) if job else {}
+    known = dict(job.facts) if job else {}
     if job is not None:
         known |= {"seed": job.seed, "reference_mode": job.reference_mode.value}
     if job_type is not None:
@@ -77,7 +82,7 @@ def failed_report(
         enhanced_prompt=job.enhanced_prompt if job else None,
         metadata={
             **known,
-            **error.details,
+            **_as_json(error.details),
             "error_type": error.error_type,
             "error_timestamp": datetime.now(UTC).isoformat(),
             "worker_version": ourvidz_core.__version__,
@@ -89,6 +94,15 @@ def failed_report(
 def attempt_facts(attempt: int, reasons: Sequence[str]) -> dict[str, Any]:
     """How often the job was tried, and why not only once."""
     return {"attempts": attempt, **({"attempt_reasons": list(reasons)} if reasons else {})}
+
+
+def _as_json(details: Mapping[str, Any]) -> dict[str, Any]:
+    """``details`` of an error as JSON holds them: a failure must be reported, whatever a plugin put into it."""
+    try:
+        safe: dict[str, Any] = json.loads(json.dumps(dict(details), default=str), parse_constant=str)
+    except (TypeError, ValueError, RecursionError):
+        return {"details": shown(details)}
+    return safe
 
 
 def _with_facts(owned: OwnedJobType, measured: Mapping[str, Any], finished: FinishedGeneration) -> Mapping[str, Any]:

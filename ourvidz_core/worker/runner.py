@@ -29,6 +29,7 @@ from ourvidz_core.plugins.registry import OwnedJobType, Registry
 from ourvidz_core.wire import events
 from ourvidz_core.wire.artifacts import Artifact, Asset, FinishedGeneration
 from ourvidz_core.wire.callbacks import Callback
+from ourvidz_core.wire.job_types import NAME_PATTERN
 from ourvidz_core.wire.jobs import Job, Reference
 from ourvidz_core.wire.payloads import decode_message, job_id_of, structure_payload
 from ourvidz_core.worker.reports import completed_report, failed_report
@@ -132,7 +133,9 @@ class JobRunner:
     def _walk(self, raw: bytes, walk: _Walk) -> tuple[Callback, tuple[Asset, ...]]:
         message = decode_message(raw)
         walk.job_id = job_id_of(message)
-        walk.job_type = message["type"] if isinstance(message.get("type"), str) else None
+        job_type = message.get("type")
+        # Other text is shown in the error, shortened, and kept out of the metadata and the logs.
+        walk.job_type = job_type if isinstance(job_type, str) and NAME_PATTERN.fullmatch(job_type) else None
         owned, job = self._parse(message)
         walk.job = job
         self._registry.report(events.JobStarted(job_id=job.id, job_type=job.job_type, attempt=walk.attempt))
