@@ -92,7 +92,8 @@ def build_pipeline(seed: int = SEED) -> StableDiffusionXLPipeline:
             scaling_factor=0.13025,
             force_upcast=True,
         )
-        _calibrate(unet.eval(), vae.eval())
+        with torch.no_grad():
+            _calibrate(unet.eval(), vae.eval())
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -160,7 +161,6 @@ def _merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     return pieces
 
 
-@torch.no_grad()
 def _calibrate(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
     """Scale the last layers so that latents and pixels fill their range instead of staying grey."""
     waves = torch.linspace(0, 12, 128)

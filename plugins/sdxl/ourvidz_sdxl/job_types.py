@@ -19,6 +19,10 @@ JOB_TYPES = (
         vram_gb=VRAM_GB,
         expected_seconds=30.0,
         description="1, 3 or 6 images by SDXL in 15 steps",
+        sample={
+            "prompt": "a lighthouse on a rocky coast at (sunset:1.2), detailed, photorealistic",
+            "config": {"num_images": 3, "sample_solver": "unipc", "seed": 42},
+        },
     ),
     JobType(
         name="sdxl_image_high",
@@ -30,5 +34,9 @@ JOB_TYPES = (
         vram_gb=VRAM_GB,
         expected_seconds=42.0,
         description="1, 3 or 6 images by SDXL in 25 steps",
+        sample={
+            "prompt": "a man and a woman dancing in the rain, neon light",
+            "config": {"size": "1152*896", "sample_solver": "dpm++", "seed": 42},
+        },
     ),
 )

@@ -270,3 +270,9 @@ def test_every_message_of_the_producer_is_understood(name: str) -> None:
 
 def test_seed_zero_is_a_seed() -> None:
     assert parsed(produced("sdxl_image_fast_seed0")).seed == 0
+
+
+@pytest.mark.parametrize("name", list(TYPES))
+def test_sample_of_a_job_type_is_a_message_that_it_understands(name: str) -> None:
+    job = parsed(payload(name, **TYPES[name].sample))
+    assert job.ignored_config == {}
