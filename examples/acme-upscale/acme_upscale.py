@@ -18,7 +18,11 @@ class UpscaleConfig:
 def register_job_types():
     """Own one job type; its jobs come from a queue of its own."""
     yield JobType(
-        name="acme_upscale", queue="acme_queue", content_type=ContentType.IMAGE, preset=UpscaleConfig()
+        name="acme_upscale",
+        queue="acme_queue",
+        content_type=ContentType.IMAGE,
+        preset=UpscaleConfig(),
+        sample={"config": {"image": "https://storage.example.test/small.png", "factor": 3}},
     )
 
 

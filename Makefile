@@ -1,0 +1,51 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or 3.12, make and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PLUGINS := sdxl wan wan_enhanced
+DEMO := demo-output
+MODELS := $(DEMO)/models
+SOURCES := ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs
+# One thread for each process of torch: the suite runs as many processes as there are cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check format docs benchmarks clean
+
+demo: $(VENV)/installed $(MODELS)/made
+	OURVIDZ_SDXL_MODEL=$(CURDIR)/$(MODELS)/sdxl OURVIDZ_WAN_MODEL=$(CURDIR)/$(MODELS)/wan \
+		$(BIN)/ourvidz --log-level warning demo --messages examples/payloads --out $(DEMO)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/installed
+	$(BIN)/ruff format $(if $(CI),--check) $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy ourvidz_core examples/acme-upscale/acme_upscale.py
+	$(foreach plugin,$(PLUGINS),$(BIN)/mypy plugins/$(plugin)/ourvidz_$(plugin) &&) true
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate.py
+
+benchmarks: $(VENV)/installed
+	$(BIN)/python benchmarks/startup.py
+
+clean:
+	rm -rf $(VENV) $(DEMO)
+
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+		|| { echo "Python 3.11 or 3.12 is needed: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev \
+		--editable '.[embedded,video]' $(PLUGINS:%=--editable plugins/%) --editable examples/acme-upscale
+	touch $@
+
+$(MODELS)/made: $(VENV)/installed $(wildcard examples/models/tiny_*.py)
+	mkdir -p $(MODELS)
+	$(BIN)/python examples/models/tiny_sdxl.py $(MODELS)/sdxl
+	$(BIN)/python examples/models/tiny_wan.py $(MODELS)/wan
+	touch $@

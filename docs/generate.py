@@ -1,0 +1,147 @@
+"""Write the reference pages that are made from the code, or check that they are up to date.
+
+``python docs/generate.py`` writes; ``--check`` ends with 1 where a page differs, or where
+a link between pages leads nowhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import attrs
+import click
+
+import ourvidz_core.errors
+from ourvidz_core.cli.main import cli
+from ourvidz_core.plugins import hookspecs
+from ourvidz_core.settings import WELL_KNOWN_NAMES, Settings, load, variable_of
+
+DOCS = Path(__file__).parent
+REFERENCE = DOCS / "reference"
+_NOTE = "<!-- Made by docs/generate.py from the code. Change the code, then run `make docs`. -->\n\n"
+_LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+_OF_THIS_MACHINE = {
+    "state_dir": "the user's state directory",
+    "work_dir": "in the system's temporary directory",
+    "worker_name": "host name and process id",
+}
+
+
+def settings_page() -> str:
+    """A table of all settings."""
+    lines = [
+        "# Settings\n",
+        (inspect.getdoc(ourvidz_core.settings) or "") + "\n",
+        "| variable | default | meaning |",
+        "|---|---|---|",
+    ]
+    defaults = load({})
+    for field in attrs.fields(Settings):
+        names = [variable_of(field.name)]
+        if field.name in WELL_KNOWN_NAMES:
+            names.append(WELL_KNOWN_NAMES[field.name])
+        shown = " or ".join(f"`{name}`" for name in names)
+        lines.append(f"| {shown} | {_default(field.name, getattr(defaults, field.name))} | {_help(field)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cli_page() -> str:
+    """The help of every command."""
+    parts = ["# Command line\n", (inspect.getdoc(sys.modules["ourvidz_core.cli.main"]) or "") + "\n"]
+    cli.list_commands = lambda _: sorted(cli.commands)  # type: ignore[method-assign]  # a plugin documents its own
+    for name, command in _commands(cli, "ourvidz"):
+        context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100)
+        parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
+
+
+def hooks_page() -> str:
+    """Every hook with its signature and its specification."""
+    parts = ["# Hooks\n", (inspect.getdoc(hookspecs) or "") + "\n"]
+    for name, hook in vars(hookspecs).items():
+        options: dict[str, Any] | None = getattr(hook, f"{hookspecs.PROJECT}_spec", None)
+        if options is None:
+            continue
+        answers = "The first answer that is not None counts." if options["firstresult"] else "Every answer counts."
+        signature = str(inspect.signature(hook)).replace("'", "")
+        parts.append(f"## {name}\n\n```text\n{name}{signature}\n```\n\n{inspect.getdoc(hook)}\n\n{answers}\n")
+    return "\n".join(parts)
+
+
+def errors_page() -> str:
+    """The tree of errors, and what each is."""
+    text = inspect.getdoc(ourvidz_core.errors) or ""
+    head, _, rest = text.partition("::\n\n")
+    tree, _, tail = rest.partition("\n\n``JobError")
+    parts = ["# Errors\n", f"{head}\n```text\n{textwrap.dedent(tree)}\n```\n", f"``JobError{tail}\n"]
+    parts += ["| error | tried again | meaning |", "|---|---|---|"]
+    for name, cls in vars(ourvidz_core.errors).items():
+        if isinstance(cls, type) and issubclass(cls, ourvidz_core.errors.JobError):
+            meaning = (inspect.getdoc(cls) or "").splitlines()[0]
+            parts.append(f"| `{name}` | {'yes' if cls.is_transient else 'no'} | {meaning} |")
+    return "\n".join(parts) + "\n"
+
+
+PAGES = {"settings.md": settings_page, "cli.md": cli_page, "hooks.md": hooks_page, "errors.md": errors_page}
+
+
+def broken_links() -> Iterator[str]:
+    """Links between pages of the documentation, the README and the changelog that lead nowhere."""
+    pages = [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md"), *DOCS.parent.glob("plugins/*/README.md")]
+    for page in pages:
+        for target in _LINK.findall(page.read_text("utf-8")):
+            if not (page.parent / target).exists():
+                yield f"{page.relative_to(DOCS.parent)}: {target} does not exist"
+
+
+def main() -> int:
+    """Write or check."""
+    is_check = "--check" in sys.argv
+    faults = list(broken_links()) if is_check else []
+    REFERENCE.mkdir(exist_ok=True)
+    for name, make in PAGES.items():
+        text, path = _NOTE + _as_markdown(make()), REFERENCE / name
+        if not is_check:
+            path.write_text(text, "utf-8")
+        elif not path.exists() or path.read_text("utf-8") != text:
+            faults.append(f"docs/reference/{name} does not say what the code does; run make docs")
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if faults else 0
+
+
+def _as_markdown(text: str) -> str:
+    """Docstrings are written with the markup of Sphinx."""
+    text = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", text)
+    return re.sub(r"(?<!`)``(?!`)", "`", text)
+
+
+def _commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    if isinstance(command, click.Group):
+        for child_name in sorted(command.commands):
+            yield from _commands(command.commands[child_name], f"{name} {child_name}")
+
+
+def _default(name: str, value: object) -> str:
+    if name in _OF_THIS_MACHINE:
+        return _OF_THIS_MACHINE[name]
+    if value in (None, "", [], {}):
+        return "none"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _help(field: attrs.Attribute[Any]) -> str:
+    text: str = field.metadata["typed-settings"]["help"]
+    secret = " Secret." if "SecretStr" in str(get_type_hints(Settings)[field.name]) else ""
+    return text.replace("|", "\\|") + "." + secret
+
+
+if __name__ == "__main__":
+    sys.exit(main())
