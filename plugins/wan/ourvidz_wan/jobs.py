@@ -65,8 +65,10 @@ FRAME_LIMIT = Limit(int, lambda frames: 5 <= frames <= 121, "an integer from 5 t
 STRENGTH_LIMIT = Limit(float, lambda strength: 0.1 <= strength <= 1, "a number from 0.1 to 1.0")
 
 
-def parse_wan_job(job_type: JobType, payload: Payload) -> Job:
+def parse_wan_job(job_type: JobType, payload: Payload, *, fixed: Mapping[str, Any] = FIXED) -> Job:
     """A job of any type whose preset is a :class:`WanConfig`.
+
+    ``fixed`` are keys of ``config`` that are ignored, and listed so, unless they hold these values.
 
     :raises PayloadError: with every fault of the payload at once.
     """
@@ -110,7 +112,7 @@ def parse_wan_job(job_type: JobType, payload: Payload) -> Job:
         created_at=payload.created_at,
         expected_seconds=expected_seconds_of(payload),
         asset_count=1,
-        ignored_config=_ignored(payload, references.mode, is_video=is_video),
+        ignored_config=_ignored(payload, references.mode, fixed, is_video=is_video),
         facts={"wan_task": TASK, "requested_frame_num": requested},
     )
 
@@ -138,14 +140,14 @@ def _first_set(payload: Payload, paths: tuple[str, ...]) -> tuple[str, Any]:
     return paths[0], None
 
 
-def _ignored(payload: Payload, mode: ReferenceMode, *, is_video: bool) -> dict[str, Any]:
+def _ignored(payload: Payload, mode: ReferenceMode, fixed: Mapping[str, Any], *, is_video: bool) -> dict[str, Any]:
     ignored = {}
     for key, value in payload.config.items():
         if not is_set(value):
             continue
-        if key in FIXED:
+        if key in fixed:
             # 1 == True to Python; on the wire true is no number.
-            is_obeyed = value == FIXED[key] and isinstance(value, bool) == isinstance(FIXED[key], bool)
+            is_obeyed = value == fixed[key] and isinstance(value, bool) == isinstance(fixed[key], bool)
         elif key == "frame_num":
             is_obeyed = is_video or value == 1
         elif key == "reference_strength":

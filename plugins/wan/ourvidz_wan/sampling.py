@@ -114,6 +114,8 @@ def decode(models: WanModels, latents: torch.Tensor) -> NDArray[np.uint8]:
     mean, std = _latent_statistics(models)
     # In the order in which diffusers rounds it, so that its frames are matched to the bit.
     video = vae.decode((latents / (1.0 / std) + mean).to(vae.dtype), return_dict=False)[0]
+    # Where models are offloaded, the VAE leaves the device; elsewhere this does nothing.
+    models.pipeline.maybe_free_model_hooks()
     pixels = ((video[0] * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     frames: NDArray[np.uint8] = pixels.permute(1, 2, 3, 0).cpu().numpy()
     return frames
