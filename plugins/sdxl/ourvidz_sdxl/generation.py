@@ -141,7 +141,6 @@ def _facts(
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "scheduler": drawn.scheduler,
-        "seeds": list(request.seeds),
         "batch_sizes": list(drawn.batch_sizes),
         "prompt_chunks": drawn.prompt_chunks,
         # Without guidance the model never sees a negative prompt.

@@ -57,7 +57,6 @@ def test_callback_is_told_what_ran(new_context: NewContext) -> None:
         "num_inference_steps": 15,
         "guidance_scale": 6.0,
         "scheduler": "EulerDiscreteScheduler",
-        "seeds": [5],
         "batch_sizes": [1],
         "prompt_chunks": 1,
         "negative_prompt_used": facts["negative_prompt_used"],
