@@ -23,8 +23,8 @@ from ourvidz_wan.jobs import TASK, uses_strength
 #: The option that hands over each reference.
 REFERENCE_OPTIONS = {"single": "image", "start": "first_frame", "end": "last_frame"}
 MODULE = "ourvidz_wan.generate"
-#: What the job itself reports, so that it is not reported twice.
-FACTS_OF_JOB = frozenset({"wan_task", "prompt", "seed"})
+#: What the job or core reports, so that it is not reported twice.
+REPORTED_ELSEWHERE = frozenset({"wan_task", "prompt", "seed", "frame_num"})
 #: What a file says in words; everything else it says as JSON.
 FACTS_IN_WORDS = frozenset({"wan_task", "model", "size", "requested_size", "solver", "reference_method", "prompt"})
 FACTS_OF_FILE_FORMAT = frozenset({"software", "digital_source_type"})
@@ -170,14 +170,13 @@ def _task(job: Job, settings: WanSettings) -> str:
 
 
 def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if key not in FACTS_OF_JOB}
+    return {key: value for key, value in facts.items() if key not in REPORTED_ELSEWHERE}
 
 
 def _asked(job: Job) -> dict[str, Any]:
     config: WanConfig = job.config
     return {
         "requested_size": config.size,
-        "frame_num": config.frame_num,
         "solver": config.sample_solver.value,
         "steps": config.sample_steps,
         "guidance_scale": config.sample_guide_scale,

@@ -82,6 +82,15 @@ def test_the_text_encoder_reads_its_embedding(layout, model_dir, native_dir):
     assert encoder.shared.weight.any()
 
 
+def test_native_vace_weights_load_as_well(tiny_wan, tmp_path):
+    pipeline = tiny_wan.make_pipeline("vace")
+    tiny_wan.save_native(pipeline, tmp_path / "vace")
+    loaded = load_models(tmp_path / "vace", TASKS["vace-1.3B"]).pipeline.transformer
+    wanted = pipeline.transformer.state_dict()
+    assert loaded.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in loaded.state_dict().items())
+
+
 def copied(source, target):
     shutil.copytree(source, target)
     return target
