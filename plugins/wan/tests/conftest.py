@@ -80,7 +80,7 @@ def asking(model_dir: Path, tmp_path: Path) -> Callable[..., GenerateArguments]:
             "ckpt_dir": model_dir,
             "prompt": "a lighthouse on a rocky coast",
             "save_file": tmp_path / ("made.png" if options.get("frame_num") == 1 else "made.mp4"),
-            "frame_num": 17,
+            "frame_num": 9,
             "sample_steps": 4,
             "base_seed": 5,
             **options,

@@ -39,21 +39,21 @@ def options(model_dir, tmp_path):
     }
 
 
-def test_it_writes_the_file_and_reports_each_step(options):
-    done = subprocess.run(command_line(**options), capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [str(options["save_file"])]
-    assert done.stderr.splitlines() == ["step 1 of 3", "step 2 of 3", "step 3 of 3"]
-    assert read_video(options["save_file"]).shape == (5, 80, 48, 3)
-    assert [path.name for path in options["save_file"].parent.iterdir()] == ["out.mp4"]
-
-
 @pytest.fixture
 def call_main():
     """The program inside this process, which keeps its own way to end."""
     before = signal.getsignal(signal.SIGTERM)
     yield lambda **options: main([f"--{name}={value}" for name, value in options.items()])
     signal.signal(signal.SIGTERM, before)
+
+
+def test_it_writes_the_file_and_reports_each_step(options, call_main, capsys):
+    assert call_main(**options) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [str(options["save_file"])]
+    assert printed.err.splitlines() == ["step 1 of 3", "step 2 of 3", "step 3 of 3"]
+    assert read_video(options["save_file"]).shape == (5, 80, 48, 3)
+    assert [path.name for path in options["save_file"].parent.iterdir()] == ["out.mp4"]
 
 
 def test_a_failure_is_one_line_and_status_1(options, tmp_path, call_main, capsys):

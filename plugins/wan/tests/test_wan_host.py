@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from ourvidz_wan import plugin
+from ourvidz_wan.video import read_video
 
 from ourvidz_core.testing.host import PluginHost, plugin_module
 from ourvidz_core.wire.callbacks import JobStatus
-from ourvidz_wan import plugin
-from ourvidz_wan.video import read_video
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "payloads"
 PAYLOADS = sorted(path for path in EXAMPLES.glob("*.json") if path.name.startswith(("image_", "video_")))
