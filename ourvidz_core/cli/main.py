@@ -39,9 +39,23 @@ class PluginCommands(click.Group):
         if (ours := super().get_command(context, name)) is not None:
             return ours
         for entry_point in entry_points(group=COMMAND_GROUP, name=name):
-            command: click.Command = entry_point.load()
+            try:
+                command: click.Command = entry_point.load()
+            except Exception as error:  # one plugin's fault must not take the others' commands away
+                return _broken_command(name, error)
             return command
         return None
+
+
+def _broken_command(name: str, error: Exception) -> click.Command:
+    reason = f"the command {name} cannot be loaded: {type(error).__name__}: {error}"
+
+    @click.command(name, short_help=f"({reason})", context_settings={"ignore_unknown_options": True})
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def broken(arguments: tuple[str, ...]) -> None:  # noqa: ARG001 - whatever follows the name
+        raise PluginError(reason)
+
+    return broken
 
 
 @click.group(cls=PluginCommands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
