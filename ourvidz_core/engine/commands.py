@@ -121,7 +121,8 @@ class _Output:
                 self._look_for_progress(states)
                 unfinished = b"\r".join((*states[-1:], last))[-_LINE_BYTES:]  # a line may be endless
                 self._news.set()
-        self._keep([unfinished])
+        if unfinished:
+            self._keep([unfinished])
         self._news.set()
 
     def _keep(self, lines: list[bytes]) -> None:

@@ -25,7 +25,7 @@ from ourvidz_core.engine.protocol import (
     Progress,
     RunJob,
 )
-from ourvidz_core.errors import EngineCrashed, EngineUnusable, JobCancelled, JobTimeout, OutOfMemory
+from ourvidz_core.errors import EngineCrashed, EngineUnusable, JobCancelled, JobError, JobTimeout, OutOfMemory
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.wire.artifacts import FinishedGeneration
 from ourvidz_core.wire.jobs import Job
@@ -94,7 +94,7 @@ class EngineProcess:
 
         :raises EngineCrashed: it ended, or did not get ready in time; says how its log ends.
         """
-        if self.pid is not None:
+        if self.pid is not None and self._is_listening():
             return
         self.close()
         ours, theirs = Pipe()
@@ -179,6 +179,16 @@ class EngineProcess:
                     f"the job was still running after {request.timeout_seconds:g} s and did not stop;"
                     " its engine was killed"
                 )
+
+    def _is_listening(self) -> bool:
+        """Whether the pipe is open. What came since the last job ended is nobody's, and is dropped."""
+        assert self._channel is not None
+        try:
+            while self._channel.poll(0):
+                self._channel.receive()
+        except (EOFError, OSError, JobError):
+            return False
+        return True
 
     def _send(self, message: EngineMessage) -> None:
         assert self._channel is not None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class Channel:
                 body = encode_error(error)
             case _:
                 body = converter.unstructure(message)
-        text = json.dumps({"kind": type(message).__name__, **body}, default=str)
+        text = json.dumps({"kind": type(message).__name__, **body}, default=_plain)
         with self._sending:  # a plugin may report progress from a thread of its own
             self._connection.send_bytes(text.encode())
 
@@ -149,6 +149,10 @@ class Channel:
     def close(self) -> None:
         """Close this end."""
         self._connection.close()
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, Set) else str(value)
 
 
 def encode_job(job: Job) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from datetime import UTC, datetime
 from enum import Enum
 from types import UnionType
@@ -320,7 +320,7 @@ def make_converter() -> Converter:
     # cattrs iterates over whatever it is given, so "abc" would be a list of three strings.
     lenient = made.copy()
     made.register_structure_hook_factory(is_sequence, lambda cls: _only(list | tuple, "an array", lenient, cls))
-    made.register_structure_hook_factory(is_any_set, lambda cls: _only(list | set, "an array", lenient, cls))
+    made.register_structure_hook_factory(is_any_set, lambda cls: _only(list | Set, "an array", lenient, cls))
     made.register_structure_hook_factory(is_mapping, lambda cls: _only(dict, "an object", lenient, cls))
     made.register_structure_hook_func(lambda cls: cls == Mapping[str, Any], _object)
     return made
