@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PLUGINS := sdxl wan wan_enhanced
+PLUGINS := $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 DEMO := demo-output
 MODELS := $(DEMO)/models
 SOURCES := ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs
@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test check format docs benchmarks clean
 
 demo: $(VENV)/installed $(MODELS)/made
-	OURVIDZ_SDXL_MODEL=$(CURDIR)/$(MODELS)/sdxl OURVIDZ_WAN_MODEL=$(CURDIR)/$(MODELS)/wan \
+	OURVIDZ_SDXL_MODEL=$(CURDIR)/$(MODELS)/sdxl OURVIDZ_WAN_CKPT_DIR=$(CURDIR)/$(MODELS)/wan \
 		$(BIN)/ourvidz --log-level warning demo --messages examples/payloads --out $(DEMO)
 
 test: $(VENV)/installed
