@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import tempfile
+import tomllib
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -277,17 +278,41 @@ def variable_of(name: str, section: str = "") -> str:
 def engine_environment(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of the engine process: the worker's own without anything secret.
 
-    Plugins run there, and nothing they do needs the queue, the storage or the callbacks.
+    Plugins run there, and nothing they do needs the queue, the storage or the callbacks. What
+    the settings file says goes along as variables, so that nobody there needs to read the file.
     """
     secret_names = {*WELL_KNOWN_NAMES.values()}
     secret_names |= {variable_of(name) for name in WELL_KNOWN_NAMES}
     secret_names |= {variable_of(field.name) for field in attrs.fields(Settings) if _is_secret(field.name)}
+    said = {**_variables_of_file(environ.get(SETTINGS_FILE)), **environ}
     kept = {
         name: value
-        for name, value in environ.items()
-        if name not in secret_names and not any(_holds(value, secret) for secret in settings.secrets)
+        for name, value in said.items()
+        if name not in secret_names
+        and name != SETTINGS_FILE
+        and not any(_holds(value, secret) for secret in settings.secrets)
     }
     return {**kept, **settings.engine_env}
+
+
+def _variables_of_file(path: str | None) -> dict[str, str]:
+    """The settings file as the environment variables that say the same."""
+    if not path:
+        return {}
+    table: dict[str, Any] = tomllib.loads(Path(path).read_text("utf-8")).get("ourvidz", {})
+    variables: dict[str, str] = {}
+    for name, value in table.items():
+        if isinstance(value, dict) and name.replace("-", "_") not in attrs.fields_dict(Settings):
+            variables |= {variable_of(key.replace("-", "_"), name): _as_variable(inner) for key, inner in value.items()}
+        else:
+            variables[variable_of(name.replace("-", "_"))] = _as_variable(value)
+    return variables
+
+
+def _as_variable(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _holds(value: str, secret: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import ClassVar
 
@@ -242,3 +243,31 @@ def test_the_operators_additions_reach_the_engine() -> None:
     environ = {"OURVIDZ_ENGINE_ENV": '{"HF_TOKEN": "for plugins"}'}
 
     assert engine_environment(load(environ), environ)["HF_TOKEN"] == "for plugins"
+
+
+def test_the_engine_gets_what_the_settings_file_says_but_neither_its_secrets_nor_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "ourvidz.toml"
+    path.write_text(
+        """
+        [ourvidz]
+        device = "cpu"
+        supabase_service_key = "key-canary"
+        block_plugins = ["acme-a", "acme-b"]
+        bucket_limits_mb = { video_fast = 80.0 }
+
+        [ourvidz.sdxl]
+        model = "/models/a.safetensors"
+        models = { lustify = "/models/b.safetensors" }
+        """,
+        "utf-8",
+    )
+    environ = {"OURVIDZ_SETTINGS": str(path), "OURVIDZ_DEVICE": "cuda:1"}
+    inside = engine_environment(load(environ), environ)
+    assert "OURVIDZ_SETTINGS" not in inside
+    assert not any("key-canary" in value for value in inside.values())
+    assert inside["OURVIDZ_DEVICE"] == "cuda:1"
+    assert inside["OURVIDZ_SDXL_MODEL"] == "/models/a.safetensors"
+    assert json.loads(inside["OURVIDZ_SDXL_MODELS"]) == {"lustify": "/models/b.safetensors"}
+    reread = load(inside)
+    assert reread.block_plugins == ["acme-a", "acme-b"]
+    assert reread.bucket_limits_mb == {"video_fast": 80.0}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from ourvidz_core.settings import Settings, engine_environment
+from ourvidz_core.settings import Settings, engine_environment, variable_of
 
 if TYPE_CHECKING:
     from ourvidz_core.delivery.callbacks import CallbackClient
@@ -106,7 +106,8 @@ def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
 
     workspace = Workspace(settings.work_dir)
     storage = make_storage(settings)
-    engine = EngineProcess(registry, engine_environment(settings), start_seconds=settings.engine_start_seconds)
+    environ = {**engine_environment(settings), variable_of("log_level"): settings.log_level.value}
+    engine = EngineProcess(registry, environ, start_seconds=settings.engine_start_seconds)
     slot = EngineSlot(engine)
     runner = JobRunner(
         registry=registry,

@@ -58,8 +58,11 @@ class ModelCache:
         budget = self._budget_gb if self._budget_gb is not None else _device_budget_gb()
         if budget is None:
             return
-        while self._resident and sum(r.vram_gb for r in self._resident.values()) + vram_gb > budget:
-            key = next(iter(self._resident))
+        while sum(r.vram_gb for r in self._resident.values()) + vram_gb > budget:
+            # A model that takes nothing on the device makes no room by leaving.
+            key = next((key for key, resident in self._resident.items() if resident.vram_gb > 0), None)
+            if key is None:
+                return
             logger.info("model %s leaves: %.1f GiB are needed and the budget is %.1f GiB", key, vram_gb, budget)
             self.drop(key)  # no name here may still hold the model while its memory is freed
 

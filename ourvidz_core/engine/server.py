@@ -28,7 +28,7 @@ from ourvidz_core.engine.protocol import (
     Progress,
     RunJob,
 )
-from ourvidz_core.errors import GenerationError, JobError
+from ourvidz_core.errors import GenerationError, InternalError, JobError
 from ourvidz_core.plugins.loading import load_registry
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.settings import Settings, load
@@ -75,7 +75,7 @@ class EngineServer:
             return JobBroken(error=error)
         except Exception as error:  # a fault of ours must not end the engine
             logger.exception("job %s (%s) failed in the engine itself", request.job.id, request.job.job_type)
-            return JobBroken(error=GenerationError(f"the engine failed: {type(error).__name__}: {error}"))
+            return JobBroken(error=InternalError(f"the engine failed: {type(error).__name__}: {error}"))
 
     def _listen(self) -> None:
         while True:

@@ -26,10 +26,10 @@ def processing_report(job: Job) -> Callback:
     )
 
 
-def completed_report(
-    owned: OwnedJobType, finished: FinishedGeneration, assets: Sequence[Asset], attempts: Mapping[str, Any]
-) -> Callback:
-    """The callback of a job whose assets are all stored.
+def completed_metadata(
+    owned: OwnedJobType, finished: FinishedGeneration, buckets: Sequence[str], attempts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the ``completed`` callback will say, made before the uploads: a job whose report fails stores nothing.
 
     :raises MetadataClash: a plugin reports what core or another plugin reports too.
     """
@@ -43,8 +43,8 @@ def completed_report(
         "content_type": owned.job_type.content_type.value,
         "frame_num": artifacts[0].frames or 1,
         "reference_mode": job.reference_mode.value,
-        "bucket": assets[0].bucket,
-        "assets_bytes": [asset.size_bytes for asset in assets],
+        "bucket": buckets[0],
+        "assets_bytes": [artifact.path.stat().st_size for artifact in artifacts],
         "ignored_config": dict(job.ignored_config),
         "worker_version": ourvidz_core.__version__,
         "plugin": owned.distribution,
@@ -56,7 +56,11 @@ def completed_report(
         ratio = finished.seconds / job.expected_seconds
         if math.isfinite(ratio):  # an expectation of 5e-324 s is above 0
             measured["performance_ratio"] = round(ratio, 3)
-    metadata = owned.enrich_metadata(job, finished.generation, _with_facts(owned, measured, finished))
+    return owned.enrich_metadata(job, finished.generation, _with_facts(owned, measured, finished))
+
+
+def completed_report(job: Job, metadata: Mapping[str, Any], assets: Sequence[Asset]) -> Callback:
+    """The callback of a job whose assets are all stored."""
     return Callback(
         job_id=job.id,
         status=JobStatus.COMPLETED,

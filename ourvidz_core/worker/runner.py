@@ -7,7 +7,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ourvidz_core.wire.callbacks import Callback
 from ourvidz_core.wire.job_types import NAME_PATTERN
 from ourvidz_core.wire.jobs import Job, Reference
 from ourvidz_core.wire.payloads import decode_message, job_id_of, structure_payload
-from ourvidz_core.worker.reports import completed_report, failed_report
+from ourvidz_core.worker.reports import completed_metadata, completed_report, failed_report
 from ourvidz_core.worker.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -153,8 +153,10 @@ class JobRunner:
                     seconds=finished.seconds,
                 )
             )
-            assets = self._store(owned, finished, walk.watch)
-        return completed_report(owned, finished, assets, walk.attempts), assets
+            buckets = self._choose_buckets(owned, finished)
+            metadata = completed_metadata(owned, finished, buckets, walk.attempts)
+            assets = self._store(owned, finished, buckets, walk.watch)
+        return completed_report(finished.job, metadata, assets), assets
 
     def _parse(self, message: Mapping[str, Any]) -> tuple[OwnedJobType, Job]:
         payload = structure_payload(message)
@@ -194,13 +196,20 @@ class JobRunner:
             cancelled=watch.cancelled,
         )
 
-    def _store(self, owned: OwnedJobType, finished: FinishedGeneration, watch: Watch) -> tuple[Asset, ...]:
-        job = finished.job
-        chosen = [(artifact, owned.choose_bucket(job, artifact)) for artifact in finished.generation.artifacts]
-        for artifact, bucket in chosen:  # all limits first: a job that cannot end well uploads nothing
+    def _choose_buckets(self, owned: OwnedJobType, finished: FinishedGeneration) -> list[str]:
+        """A bucket for each artifact, all limits checked: a job that cannot end well uploads nothing."""
+        artifacts = finished.generation.artifacts
+        buckets = [owned.choose_bucket(finished.job, artifact) for artifact in artifacts]
+        for artifact, bucket in zip(artifacts, buckets, strict=True):
             self._refuse_above_limit(owned, artifact, bucket)
+        return buckets
+
+    def _store(
+        self, owned: OwnedJobType, finished: FinishedGeneration, buckets: Sequence[str], watch: Watch
+    ) -> tuple[Asset, ...]:
+        job = finished.job
         assets = []
-        for index, (artifact, bucket) in enumerate(chosen):
+        for index, (artifact, bucket) in enumerate(zip(finished.generation.artifacts, buckets, strict=True)):
             path = f"{job.user_id}/{job.id}_{index}.{owned.job_type.file_extension}"
             for attempt in _patiently():
                 _stop_if_cancelled(watch)
