@@ -84,6 +84,12 @@ def _not_negative(_: object, attribute: Any, value: float) -> None:
         raise ValueError(f"{attribute.name} must be 0 or above, not {value}")
 
 
+def _positive_values(_: object, attribute: Any, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{attribute.name} of {name} must be a number above 0, not {value}")
+
+
 def _secret_default() -> SecretStr:
     return SecretStr("")
 
@@ -197,6 +203,11 @@ class Settings:
     )
 
     # -- engine
+    job_timeouts_seconds: dict[str, float] = option(
+        factory=dict,
+        validator=_positive_values,
+        help='Time limits of job types that differ from their own, as JSON: {"video_high": 3600}',
+    )
     device: str = option(default="auto", help="auto, cpu, cuda or cuda:N")
     vram_budget_gb: float | None = option(
         default=None,

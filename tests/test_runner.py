@@ -305,6 +305,12 @@ def test_a_file_of_just_the_limit_is_stored(acme: Callable, payload: Callable) -
     assert acme(engine=StubEngine(of_sizes(1000)), settings=settings).run(payload()).error is None
 
 
+def test_a_job_type_has_the_time_that_the_operator_gives_it(acme: Callable, payload: Callable) -> None:
+    outcome = acme(settings=Settings(job_timeouts_seconds={"acme": 0.000001})).run(payload())
+
+    assert failure(outcome) == ("JobTimeout", "the job was still running after 1e-06 s and was stopped")
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_storage_that_fails_for_a_moment_is_asked_again(acme: Callable, payload: Callable, tmp_path: Path) -> None:
     storage = FaultyStorage(tmp_path / "assets", None, StorageUnavailable("busy"), StorageUnavailable("busy"))

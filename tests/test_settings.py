@@ -75,6 +75,7 @@ def test_the_environment_is_text_and_becomes_values() -> None:
             "OURVIDZ_BLOCK_PLUGINS": "acme-wan, acme-sdxl,",
             "OURVIDZ_ALLOW_PLUGINS": "acme",
             "OURVIDZ_BUCKET_LIMITS_MB": '{"video_fast": 80}',
+            "OURVIDZ_JOB_TIMEOUTS_SECONDS": '{"video_high": 3600}',
             "OURVIDZ_ENGINE_ENV": '{"HF_HUB_OFFLINE": "1"}',
         }
     )
@@ -83,6 +84,7 @@ def test_the_environment_is_text_and_becomes_values() -> None:
     assert settings.storage_dir == Path("assets")
     assert (settings.block_plugins, settings.allow_plugins) == (["acme-wan", "acme-sdxl"], ["acme"])
     assert (settings.bucket_limits_mb, settings.engine_env) == ({"video_fast": 80.0}, {"HF_HUB_OFFLINE": "1"})
+    assert settings.job_timeouts_seconds == {"video_high": 3600.0}
 
 
 def test_a_file_holds_the_frameworks_settings_beside_those_of_plugins(file: Path) -> None:
@@ -156,6 +158,8 @@ def test_a_managed_redis_without_its_token_is_refused() -> None:
         ("OURVIDZ_BUCKET_LIMITS_MB", "{"),
         ("OURVIDZ_BUCKET_LIMITS_MB", '["video_fast"]'),
         ("OURVIDZ_BUCKET_LIMITS_MB", '{"video_fast": "much"}'),
+        ("OURVIDZ_JOB_TIMEOUTS_SECONDS", '{"video_fast": 0}'),
+        ("OURVIDZ_JOB_TIMEOUTS_SECONDS", '{"video_fast": "long"}'),
     ],
 )
 def test_a_wrong_value_names_its_variable_and_no_other(name: str, value: str) -> None:

@@ -122,7 +122,7 @@ def _plan(registry: Registry, settings: Settings, raw: bytes) -> dict[str, Any]:
     context = EngineContext(
         work_dir=settings.work_dir / "plan",
         models=ModelCache(),
-        timeout_seconds=owned.job_type.timeout_seconds,
+        timeout_seconds=settings.job_timeouts_seconds.get(job.job_type, owned.job_type.timeout_seconds),
         device=settings.device,
     )
     command = owned.build_command(_as_if_fetched(job, context.work_dir), context)

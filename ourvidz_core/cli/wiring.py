@@ -116,6 +116,7 @@ def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
         storage=storage,
         workspace=workspace,
         bucket_limits_mb=settings.bucket_limits_mb,
+        job_timeouts_seconds=settings.job_timeouts_seconds,
     )
     try:
         yield Machine(runner=runner, slot=slot, workspace=workspace)

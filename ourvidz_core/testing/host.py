@@ -70,6 +70,7 @@ class PluginHost:
             storage=storage or DirectoryStorage(self.assets_dir),
             workspace=self.workspace,
             bucket_limits_mb=self.settings.bucket_limits_mb,
+            job_timeouts_seconds=self.settings.job_timeouts_seconds,
         )
 
     def run(self, payload: Mapping[str, Any] | bytes, *, watch: Watch | None = None) -> Outcome:

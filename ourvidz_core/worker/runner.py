@@ -80,6 +80,7 @@ class JobRunner:
         storage: Storage,
         workspace: Workspace,
         bucket_limits_mb: Mapping[str, float] | None = None,
+        job_timeouts_seconds: Mapping[str, float] | None = None,
     ) -> None:
         self._registry = registry
         self._engine = engine
@@ -87,6 +88,7 @@ class JobRunner:
         self._storage = storage
         self._workspace = workspace
         self._bucket_limits_mb = dict(bucket_limits_mb or {})
+        self._job_timeouts_seconds = dict(job_timeouts_seconds or {})
 
     def parse(self, raw: bytes) -> Job:
         """The job that a message describes; nothing is fetched and nothing runs.
@@ -191,7 +193,7 @@ class JobRunner:
         return self._engine.run(
             job,
             work_dir=directory,
-            timeout_seconds=owned.job_type.timeout_seconds,
+            timeout_seconds=self._job_timeouts_seconds.get(job.job_type, owned.job_type.timeout_seconds),
             on_progress=on_progress,
             cancelled=watch.cancelled,
         )
