@@ -55,7 +55,8 @@ def generate(job, context):
         path.write_bytes(b"")
         return Generation(artifacts=(Artifact(path=path, media_type="image/png"),))
     elif what == "elsewhere":
-        return Generation(artifacts=(Artifact(path=__import__("pathlib").Path("/etc/hostname"), media_type="image/png"),))
+        other = __import__("pathlib").Path("/etc/hostname")
+        return Generation(artifacts=(Artifact(path=other, media_type="image/png"),))
     elif what == "once":  # dies on the first attempt and remembers it in the engine's temporary directory
         marker = os.path.join(os.environ["TOY_MARKS"], job.id)
         if not os.path.exists(marker):
