@@ -22,7 +22,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff format $(if $(CI),--check) $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy ourvidz_core
-	$(foreach plugin,$(PLUGINS),$(BIN)/mypy plugins/$(plugin)/ourvidz_$(plugin) &&) true
+	$(BIN)/mypy $(PLUGINS:%=-p ourvidz_%)
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 
