@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from ourvidz_core.engine.commands import run_command
-from ourvidz_core.errors import ArtifactError, CommandFailed, JobCancelled, JobTimeout
+from ourvidz_core.errors import ArtifactError, CommandFailed, GenerationError, JobCancelled, JobTimeout, OutOfMemory
 from ourvidz_core.testing.doubles import RecordingContext
 from ourvidz_core.wire.commands import Command
 
@@ -80,13 +81,52 @@ def test_a_child_that_keeps_the_pipe_open_ends_with_its_parent(tmp_path: Path) -
     assert eventually(lambda: not alive(tmp_path / "pid"))
 
 
-def test_a_child_that_left_the_group_and_holds_the_pipe_delays_nobody_for_long(tmp_path: Path) -> None:
-    program = FORKS.replace('time.sleep(60)"]', 'time.sleep(3)"], start_new_session=True')
+#: Starts a child in a session of its own that hangs, writes its pid and is gone before its child is.
+LEAVES = """
+import os, subprocess, sys, time
+if os.fork() == 0:
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], start_new_session=True)
+    open("pid.part", "w").write(str(child.pid))
+    os.rename("pid.part", "pid")
+    os._exit(0)
+while not os.path.exists("pid"): time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("then", ["", "time.sleep(60)", "sys.exit(1)"], ids=["ends well", "hangs", "fails"])
+def test_a_grandchild_that_left_the_group_and_holds_the_pipe_ends_too(tmp_path: Path, then: str) -> None:
     started = time.monotonic()
 
-    run_command(python(program), cwd=tmp_path, timeout_seconds=20)
+    with contextlib.suppress(CommandFailed, JobTimeout):
+        run_command(python(LEAVES + then), cwd=tmp_path, timeout_seconds=1)
 
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 2
+    assert eventually(lambda: not alive(tmp_path / "pid"))
+
+
+OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 9 GiB."
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        pytest.param([OUT_OF_MEMORY], OutOfMemory, id="the last exception"),
+        pytest.param(["RuntimeError: CUDA error: out of memory", "Compile with X."], OutOfMemory, id="with a note"),
+        pytest.param([f"[rank0]: {OUT_OF_MEMORY}", "[rank0]: E0101 closing"], OutOfMemory, id="of one rank"),
+        pytest.param([OUT_OF_MEMORY, "FileNotFoundError: no t5.pth"], CommandFailed, id="an earlier exception"),
+        pytest.param(["prompt: CUDA out of memory"], CommandFailed, id="something else that says it"),
+    ],
+)
+def test_too_little_memory_is_told_by_the_exception_that_ended_it(
+    tmp_path: Path, lines: list[str], error: type[GenerationError]
+) -> None:
+    program = f"import sys\nsys.stderr.write({chr(10).join(lines) + chr(10)!r})\nsys.exit(1)"
+
+    with pytest.raises(GenerationError) as caught:
+        run_command(python(program), cwd=tmp_path, timeout_seconds=20)
+
+    assert type(caught.value) is error
+    assert caught.value.details["exit_status"] == 1
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ def generate(job, context):
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "hang": time.sleep(600)
     elif what == "grandchildren":
-        children = [subprocess.Popen(SLEEPER), subprocess.Popen(SLEEPER, process_group=0)]
+        ways = ({}, {"process_group": 0}, {"start_new_session": True})
+        children = [subprocess.Popen(SLEEPER, **way) for way in ways]
         Path(os.environ["ACME_PIDS"]).write_text(" ".join(str(c.pid) for c in children))
         time.sleep(600)
     elif what == "command":

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from ourvidz_core.engine.processes import ending_of, kill_group
-from ourvidz_core.errors import CommandFailed, JobTimeout
+from ourvidz_core.engine.processes import COMMAND_MARK, ending_of, kill_group, kill_marked, last_exception, new_mark
+from ourvidz_core.errors import CommandFailed, JobTimeout, OutOfMemory
 from ourvidz_core.wire.commands import Command
 
 #: What an error carries of a command's output; a command may print gigabytes.
 TAIL_LINES = 40
+#: How torch puts it, in all its versions.
+_OUT_OF_MEMORY = re.compile(r"(CUDA|HIP) (error: )?out of memory")
 _LINE_BYTES = 4096
 _CHUNK_BYTES = 65536
 _POLL_SECONDS = 0.05
@@ -32,21 +34,23 @@ def run_command(
     on_progress: Callable[[int, int], None] = lambda step, total: None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run ``command`` to its end. Nothing of its process group outlives this call.
+    """Run ``command`` to its end. Nothing that it started outlives this call, whatever session it went to.
 
     ``on_progress`` is called with (step, total) for lines of output that match the command's
     pattern, ``check`` all the time; what they raise ends the command.
 
     :raises CommandFailed: it cannot be started or ends with a non-zero status.
+    :raises OutOfMemory: it does so because of an exception that says so.
     :raises JobTimeout: it is still running after ``timeout_seconds``.
     """
     allowed = min(timeout_seconds, command.timeout_seconds or timeout_seconds)
     deadline = time.monotonic() + allowed
+    mark = new_mark()
     try:
         process = subprocess.Popen(
             command.argv,
             cwd=command.cwd or cwd,
-            env={**os.environ, **command.env},
+            env={**os.environ, **command.env, COMMAND_MARK: mark},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -70,14 +74,21 @@ def run_command(
     finally:
         kill_group(process.pid)  # grandchildren too, also after a good end
         process.wait()
+        kill_marked(COMMAND_MARK, mark)  # those that left the group
         output.close()
     if (latest := output.take_progress()) is not None:
         on_progress(*latest)
     if process.returncode != 0:
-        raise CommandFailed(
-            f"{command.argv[0]} ended with {ending_of(process.returncode)}: {output.last_line()}",
-            details={"exit_status": process.returncode, "output_tail": output.tail()},
-        )
+        raise _failure(command.argv[0], process.returncode, output)
+
+
+def _failure(program: str, returncode: int, output: _Output) -> CommandFailed | OutOfMemory:
+    details = {"exit_status": returncode, "output_tail": output.tail()}
+    exception = last_exception(output.lines)
+    # The last exception only: an earlier one may have been met with less memory, and something else gone wrong.
+    if exception and _OUT_OF_MEMORY.search(exception):
+        return OutOfMemory(f"{program} had too little device memory for this job: {exception}", details=details)
+    return CommandFailed(f"{program} ended with {ending_of(returncode)}: {output.last_line()}", details=details)
 
 
 class _Output:
@@ -100,14 +111,18 @@ class _Output:
         self._news.wait(seconds)
         self._news.clear()
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return tuple(self._lines)
+
     def tail(self) -> str:
-        return "\n".join(self._lines)
+        return "\n".join(self.lines)
 
     def last_line(self) -> str:
-        return next((line for line in reversed(self._lines) if line.strip()), "it printed nothing")
+        return next((line for line in reversed(self.lines) if line.strip()), "it printed nothing")
 
     def close(self) -> None:
-        # A process that left the group may hold the pipe open; nobody waits for it.
+        # A process of another user, which we may not kill, may hold the pipe open; nobody waits for it.
         self._thread.join(timeout=1.0)
 
     def _drain(self) -> None:

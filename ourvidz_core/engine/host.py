@@ -14,7 +14,7 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import IO, Protocol
 
-from ourvidz_core.engine.processes import ending_of, kill_session
+from ourvidz_core.engine.processes import ENGINE_MARK, ending_of, kill_marked, kill_session, last_exception, new_mark
 from ourvidz_core.engine.protocol import (
     CancelJob,
     Channel,
@@ -40,8 +40,6 @@ _POLL_SECONDS = 0.1
 _TAIL_LINES = 200
 #: faulthandler's first line; a stack of many lines follows it.
 _FATAL_LINE = re.compile(r"Fatal Python error: ")
-#: A traceback's last line; notes and the lines of a long message may follow it.
-_EXCEPTION_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Missing|Group|Type)\b.*: ")
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -78,7 +76,8 @@ class EngineProcess:
 
     def __init__(self, registry: Registry, environ: Mapping[str, str], *, start_seconds: float = 300.0) -> None:
         self._registry = registry
-        self._environ = dict(environ)
+        self._mark = new_mark()
+        self._environ = {**environ, ENGINE_MARK: self._mark}
         self._start_seconds = start_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
@@ -211,11 +210,12 @@ class EngineProcess:
         return None
 
     def close(self) -> None:
-        """Kill the engine and its whole session, if it is there."""
+        """Kill the engine with everything it started, if it is there."""
         process, self._process = self._process, None
         if process is not None:
             kill_session(process.pid)
             process.wait()
+            kill_marked(ENGINE_MARK, self._mark)  # what left the session
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -257,11 +257,8 @@ class _EngineLog:
         """The line that says most about the end: a fatal error, an exception's message, else the last one."""
         self._thread.join(timeout=0.5)
         lines = [line for line in list(self._lines) if line.strip()]
-        for pattern in (_FATAL_LINE, _EXCEPTION_LINE):
-            for line in reversed(lines):
-                if pattern.match(line):
-                    return line
-        return lines[-1] if lines else "it logged nothing"
+        fatal = next((line for line in reversed(lines) if _FATAL_LINE.match(line)), None)
+        return fatal or last_exception(lines) or (lines[-1] if lines else "it logged nothing")
 
     def close(self) -> None:
         self._thread.join(timeout=1.0)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from ourvidz_core.engine.context import EngineContext
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.perform import perform
-from ourvidz_core.engine.processes import kill_session
+from ourvidz_core.engine.processes import ENGINE_MARK, kill_marked, kill_session
 from ourvidz_core.engine.protocol import (
     CancelJob,
     Channel,
@@ -112,8 +112,10 @@ def _end_with_worker(connection: Connection, is_loaded: threading.Event) -> None
 
 
 def _end() -> None:
-    """The worker is gone: leave at once, and leave nothing of this session behind."""
+    """The worker is gone: leave at once, and leave nothing behind that was started here."""
     kill_session(os.getsid(0), spare=os.getpid())
+    if mark := os.environ.get(ENGINE_MARK):
+        kill_marked(ENGINE_MARK, mark, spare=os.getpid())
     os._exit(0)
 
 
