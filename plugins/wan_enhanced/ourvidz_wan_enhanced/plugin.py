@@ -1,0 +1,64 @@
+"""The hooks of the enhanced WAN job types. Light: what needs torch is imported when a job runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+from ourvidz_wan.config import WanSettings
+from ourvidz_wan.execution import build_wan_command, generate_wan, prepare_wan_job
+
+from ourvidz_core.plugins.context import JobContext
+from ourvidz_core.plugins.hookspecs import hookimpl
+from ourvidz_core.wire.artifacts import Generation
+from ourvidz_core.wire.commands import Command
+from ourvidz_core.wire.job_types import JobType
+from ourvidz_core.wire.jobs import Job
+from ourvidz_core.wire.payloads import Payload
+from ourvidz_wan_enhanced.enhancement import enhance_job
+from ourvidz_wan_enhanced.files import add_facts
+from ourvidz_wan_enhanced.job_types import JOB_TYPES
+from ourvidz_wan_enhanced.jobs import parse_enhanced_job
+from ourvidz_wan_enhanced.settings import KEY_VARIABLE
+
+#: What a file says of its prompt beside the facts that WAN writes.
+FACTS_OF_FILE = ("enhancement", "enhancement_model")
+
+
+@hookimpl
+def register_job_types() -> Iterable[JobType]:
+    """The four enhanced WAN job types."""
+    return JOB_TYPES
+
+
+@hookimpl
+def parse_job(job_type: JobType, payload: Payload) -> Job:
+    """By the contract's rows for WAN, and the switch of the enhancement."""
+    return parse_enhanced_job(job_type, payload)
+
+
+@hookimpl
+def prepare_job(job: Job, context: JobContext) -> Job:
+    """Say which task will run, and rewrite the prompt."""
+    return enhance_job(prepare_wan_job(job, context), context)
+
+
+@hookimpl
+def build_command(job: Job, context: JobContext) -> Command:
+    """WAN's own command line; it carries the enhanced prompt where there is one."""
+    command = build_wan_command(job, context)
+    # The key is for the enhancer's server alone. What is set to nothing counts as not set.
+    return attrs.evolve(command, env={**command.env, KEY_VARIABLE: ""})
+
+
+@hookimpl
+def generate(job: Job, command: Command, context: JobContext) -> Generation:
+    """WAN's own generation; then the file is told what its prompt was made of."""
+    generation = generate_wan(job, command, context)
+    if context.settings(WanSettings).script is None:  # what another script wrote is its own
+        facts = {name: job.facts[name] for name in FACTS_OF_FILE if job.facts.get(name) is not None}
+        if job.enhanced_prompt is not None:
+            facts["original_prompt"] = job.prompt
+        for artifact in generation.artifacts:
+            add_facts(artifact.path, facts)
+    return generation

@@ -1,0 +1,184 @@
+"""The producer's own messages through a real worker process: a real Redis, a real engine, a real storage."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import redis
+from ourvidz_wan.video import read_facts as read_video_facts
+
+from ourvidz_core.delivery.embedded import EmbeddedRedis
+from ourvidz_core.engine.pictures import read_facts as read_picture_facts
+from ourvidz_core.testing.servers import SupabaseServer
+
+REPOSITORY = Path(__file__).parents[3]
+EXAMPLES = sorted((REPOSITORY / "examples" / "payloads").glob("*7b*.json"))
+SERVICE_KEY = "service-key-canary"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Both plugins as pip leaves them, whether or not pip did."""
+    directory = tmp_path_factory.mktemp("site")
+    for name in ("wan", "wan_enhanced"):
+        project = tomllib.loads((REPOSITORY / "plugins" / name / "pyproject.toml").read_text("utf-8"))["project"]
+        metadata = directory / f"{project['name'].replace('-', '_')}-0.1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n")
+        lines = []
+        for group, entries in project["entry-points"].items():
+            lines += [f"[{group}]", *(f"{key} = {value}" for key, value in entries.items())]
+        (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def environ(site, wan_dir, qwen_dir, tmp_path_factory):
+    paths = [site, REPOSITORY / "plugins" / "wan", REPOSITORY / "plugins" / "wan_enhanced", REPOSITORY]
+    state = tmp_path_factory.mktemp("state")
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("OURVIDZ_", "SUPABASE_"))},
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "OMP_NUM_THREADS": "1",
+        "OURVIDZ_ALLOW_PLUGINS": "ourvidz-wan,ourvidz-wan-enhanced",
+        "OURVIDZ_REQUIRE_PLUGINS": "ourvidz-wan,ourvidz-wan-enhanced",
+        "OURVIDZ_WAN_CKPT_DIR": str(wan_dir),
+        "OURVIDZ_ENHANCER_MODEL": str(qwen_dir),
+        "OURVIDZ_DEVICE": "cpu",
+        "OURVIDZ_STATE_DIR": str(state / "state"),
+        "OURVIDZ_WORK_DIR": str(state / "work"),
+        "OURVIDZ_CALLBACK_MIN_AGE_SECONDS": "0",
+        "OURVIDZ_CALLBACK_RETRY_SECONDS": "0.05",
+        "OURVIDZ_RETRY_DELAY_SECONDS": "0.05",
+    }
+
+
+@pytest.fixture(scope="module")
+def drained(environ, tmp_path_factory):
+    """The four messages, each twice under two ids, after a worker has emptied the queue."""
+    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
+    messages = {}
+    with redis.Redis.from_url(server.address) as client, SupabaseServer(key=SERVICE_KEY) as supabase:
+        for path in EXAMPLES:
+            message = json.loads(path.read_text("utf-8"))
+            # Without a seed each id would draw its own; one for all would have the first text remembered.
+            config = {**message["config"], "seed": len(messages), "sample_steps": 2}
+            for turn in ("first", "again"):
+                job_id = f"{path.stem}-{turn}"
+                messages[job_id] = {**message, "id": job_id, "config": config}
+        # A worker of its own for the second turn, so that nothing it remembers can help it.
+        log = ""
+        for turn in ("first", "again"):
+            for job_id, message in messages.items():
+                if job_id.endswith(turn):
+                    client.lpush("wan_queue", json.dumps(message))
+            run = subprocess.run(
+                [sys.executable, "-m", "ourvidz_core", "worker", "--drain"],
+                env={
+                    **environ,
+                    "REDIS_URL": server.address,
+                    "SUPABASE_URL": supabase.url,
+                    "SUPABASE_SERVICE_KEY": SERVICE_KEY,
+                },
+                stderr=subprocess.PIPE,
+                timeout=100,
+                check=False,
+            )
+            log += run.stderr.decode()
+            assert run.returncode == 0, log
+        callbacks = [request.json() for request in supabase.callbacks]
+        objects = dict(supabase.objects)
+    server.close()
+    return {body["job_id"]: body for body in callbacks}, objects, messages, log
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_enhanced_prompt_reaches_the_file_and_the_callback(path, drained, tiny_qwen, tmp_path):
+    callbacks, objects, messages, log = drained
+    job_id = f"{path.stem}-first"
+    message, body = messages[job_id], callbacks[job_id]
+    assert body["status"] == "completed", body
+    assert body["enhancedPrompt"] == tiny_qwen.SENTENCE
+    facts = body["metadata"]
+    assert facts["enhancement"] == "applied"
+    assert facts["enhancement_model"] == "tiny-qwen"
+    assert facts["enhancement_tokens"] > 10
+    assert 0 < facts["enhancement_seconds"] < 20
+    assert facts["ignored_config"] == {}
+    assert facts["wan_task"] == "t2v-1.3B"
+    assert facts["performance_ratio"] > 0
+    assert facts["bucket"] == message["bucket"] == path.stem
+    (asset,) = body["assets"]
+    stored = objects[path.stem, asset]
+    is_video = path.stem.startswith("video")
+    assert stored.media_type == ("video/mp4" if is_video else "image/png")
+    assert facts["frame_num"] == (81 if is_video else 1)
+    file = tmp_path / asset.rpartition("/")[2]
+    file.write_bytes(stored.body)
+    written = (read_video_facts if is_video else read_picture_facts)(file)
+    # What wan_generate was told as --prompt, and what its user wrote.
+    assert written["prompt"] == tiny_qwen.SENTENCE
+    assert written["original_prompt"] == message["prompt"]
+    assert (written["enhancement"], written["enhancement_model"]) == ("applied", "tiny-qwen")
+    assert message["prompt"] not in log
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_twice_makes_the_same_text_and_the_same_file(path, drained):
+    callbacks, objects, _, _ = drained
+    first, again = callbacks[f"{path.stem}-first"], callbacks[f"{path.stem}-again"]
+    assert first["enhancedPrompt"] == again["enhancedPrompt"]
+    assert "enhancement_cached" not in first["metadata"]
+    assert objects[path.stem, first["assets"][0]].body == objects[path.stem, again["assets"][0]].body
+
+
+def test_a_job_that_fails_by_policy_says_so(environ, tmp_path):
+    message = {**json.loads(EXAMPLES[0].read_text("utf-8")), "id": "job-1", "prompt": "two foxes in snow"}
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(message))
+    run = subprocess.run(
+        [sys.executable, "-m", "ourvidz_core", "run", "--json", str(job)],
+        env={**environ, "OURVIDZ_ENHANCER_POLICY": "fail", "OURVIDZ_STATE_DIR": str(tmp_path / "state")},
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert run.returncode == 1, run.stderr.decode()
+    callback = json.loads(run.stdout)["callback"]
+    assert callback["status"] == "failed"
+    assert callback["metadata"]["error_type"] == "EnhancementFailed"
+    # The small model has one answer, and it shows no foxes.
+    assert callback["metadata"]["enhancement"] == "failed (it keeps 0 of the prompt's 3 key words)"
+    assert callback["metadata"]["enhancement_model"] == "tiny-qwen"
+    assert "enhancedPrompt" not in callback
+
+
+def test_the_command_line_shows_what_would_become_of_a_prompt(environ, tiny_qwen):
+    prompt = "a lighthouse on a rocky coast at sunset"
+    run = subprocess.run(
+        [sys.executable, "-m", "ourvidz_core", "enhance", prompt, "--json"],
+        env=environ,
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    shown = json.loads(run.stdout)
+    assert (shown["prompt"], shown["enhanced_prompt"]) == (prompt, tiny_qwen.SENTENCE)
+    assert shown["enhancement"] == "applied"
+
+
+def test_the_command_line_shows_why_a_prompt_stays_as_it_is(qwen_dir):
+    from click.testing import CliRunner
+    from ourvidz_wan_enhanced.cli import enhance
+
+    environ = {"OURVIDZ_ENHANCER_MODEL": str(qwen_dir), "OURVIDZ_DEVICE": "cpu"}
+    result = CliRunner().invoke(enhance, ["a fox", "--image"], env=environ, standalone_mode=False)
+    assert result.return_value == 1
+    assert "failed (it keeps 0 of the prompt's 1 key words)" in result.output
