@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from ourvidz_core.delivery.embedded import EmbeddedRedis
 from ourvidz_core.delivery.memory_queue import MemoryQueue
-from ourvidz_core.delivery.queue import DeadLetter, FinishAnswer, Queue, QueuedCallback
+from ourvidz_core.delivery.queue import CancelState, DeadLetter, FinishAnswer, Queue, QueuedCallback, RequeueAnswer
 from ourvidz_core.delivery.redis_queue import RedisQueue
-from ourvidz_core.errors import PayloadError, QueueError, QueueUnavailable
+from ourvidz_core.errors import PayloadError, QueueError, QueueUnavailable, QueueUnsupported
 from ourvidz_core.settings import PopSide
 from ourvidz_core.wire.payloads import decode_message
 
@@ -130,9 +130,9 @@ def test_a_duplicate_of_a_job_in_flight_is_dropped(queue: Queue) -> None:
 
 def test_a_duplicate_of_a_completed_job_is_dropped_and_of_a_failed_one_is_not(queue: Queue) -> None:
     queue.push(SDXL, message("good"))
-    queue.finish(take(queue), is_completed=True)
+    queue.finish(take(queue), is_final=True)
     queue.push(SDXL, message("bad"))
-    queue.finish(take(queue), is_completed=False)
+    queue.finish(take(queue), is_final=False)
     queue.push(SDXL, message("good"))
     queue.push(SDXL, message("bad"))
     assert take(queue).key == "bad"
@@ -141,7 +141,7 @@ def test_a_duplicate_of_a_completed_job_is_dropped_and_of_a_failed_one_is_not(qu
 
 def test_a_finish_ends_the_job_and_makes_its_callback_durable(queue: Queue) -> None:
     queue.push(SDXL, message("a"))
-    assert queue.finish(take(queue), is_completed=True, callback=callback()) is FinishAnswer.DONE
+    assert queue.finish(take(queue), is_final=True, callback=callback()) is FinishAnswer.DONE
     assert queue.depth(SDXL).in_flight == 0
     taken, _ = queue.take_callbacks((SDXL,), limit=5, hold=10)
     assert taken == [callback()]
@@ -150,8 +150,8 @@ def test_a_finish_ends_the_job_and_makes_its_callback_durable(queue: Queue) -> N
 def test_a_finish_whose_reply_was_lost_can_be_repeated(queue: Queue) -> None:
     queue.push(SDXL, message("a"))
     claim = take(queue)
-    assert queue.finish(claim, is_completed=True, callback=callback()) is FinishAnswer.DONE
-    assert queue.finish(claim, is_completed=True, callback=callback()) is FinishAnswer.ALREADY
+    assert queue.finish(claim, is_final=True, callback=callback()) is FinishAnswer.DONE
+    assert queue.finish(claim, is_final=True, callback=callback()) is FinishAnswer.ALREADY
     assert queue.depth(SDXL).callbacks == 1
 
 
@@ -164,8 +164,8 @@ def test_a_worker_that_lost_its_lease_cannot_finish_the_job_of_another(queue: Qu
     assert other.token > zombie.token
     assert not queue.renew(zombie, lease=60)
     assert not queue.hand_back(zombie, delay=0)
-    assert queue.finish(zombie, is_completed=True, callback=callback("zombie")) is FinishAnswer.FENCED
-    assert queue.finish(other, is_completed=True, callback=callback("other")) is FinishAnswer.DONE
+    assert queue.finish(zombie, is_final=True, callback=callback("zombie")) is FinishAnswer.FENCED
+    assert queue.finish(other, is_final=True, callback=callback("other")) is FinishAnswer.DONE
     taken, _ = queue.take_callbacks((SDXL,), limit=5, hold=10)
     assert [row.callback_id for row in taken] == ["other"]
 
@@ -175,7 +175,7 @@ def test_a_late_finish_counts_while_nobody_else_has_the_job(queue: Queue) -> Non
     late = take(queue, lease=LEASE)
     time.sleep(LEASE * 1.2)
     assert recover(queue).recovered == ("a",)
-    assert queue.finish(late, is_completed=True) is FinishAnswer.DONE
+    assert queue.finish(late, is_final=True) is FinishAnswer.DONE
     assert take(queue) is None
 
 
@@ -219,7 +219,7 @@ def test_a_job_that_silences_every_worker_is_given_up_to_whoever_notices(queue: 
     assert (given_up.key, given_up.raw, len(given_up.reasons)) == ("poison", message("poison"), 3)
     assert take(queue) is None
     assert recover(queue).given_up == ()
-    assert queue.finish(given_up, is_completed=False) is FinishAnswer.DONE
+    assert queue.finish(given_up, is_final=False) is FinishAnswer.DONE
 
 
 def test_a_job_handed_back_waits_its_delay_and_keeps_its_reasons(queue: Queue) -> None:
@@ -241,7 +241,7 @@ def test_a_job_handed_back_on_shutdown_has_not_used_an_attempt(queue: Queue) -> 
 
 def test_a_callback_is_due_after_its_delay_and_only_one_taker_gets_it(queue: Queue) -> None:
     queue.push(SDXL, message("a"))
-    queue.finish(take(queue), is_completed=True, callback=callback(), callback_delay=LEASE)
+    queue.finish(take(queue), is_final=True, callback=callback(), callback_delay=LEASE)
     taken, soonest = queue.take_callbacks((SDXL, WAN), limit=5, hold=60)
     assert taken == []
     assert 0 < soonest <= LEASE
@@ -252,7 +252,7 @@ def test_a_callback_is_due_after_its_delay_and_only_one_taker_gets_it(queue: Que
 
 def test_a_callback_whose_taker_died_is_due_again(queue: Queue) -> None:
     queue.push(SDXL, message("a"))
-    queue.finish(take(queue), is_completed=True, callback=callback())
+    queue.finish(take(queue), is_final=True, callback=callback())
     queue.take_callbacks((SDXL,), limit=5, hold=LEASE)
     time.sleep(LEASE * 1.2)
     assert len(queue.take_callbacks((SDXL,), limit=5, hold=60)[0]) == 1
@@ -260,7 +260,7 @@ def test_a_callback_whose_taker_died_is_due_again(queue: Queue) -> None:
 
 def test_a_refused_callback_keeps_what_is_known_of_it_until_it_is_settled(queue: Queue) -> None:
     queue.push(SDXL, message("a"))
-    queue.finish(take(queue), is_completed=True, callback=callback())
+    queue.finish(take(queue), is_final=True, callback=callback())
     (taken,), _ = queue.take_callbacks((SDXL,), limit=5, hold=60)
     refused = QueuedCallback(
         queue=SDXL, callback_id=taken.callback_id, job_id="a", body=taken.body, failures=1, reason="HTTP 400"
@@ -275,7 +275,7 @@ def test_a_refused_callback_keeps_what_is_known_of_it_until_it_is_settled(queue:
 
 def test_a_delivered_callback_is_forgotten(queue: Queue) -> None:
     queue.push(SDXL, message("a"))
-    queue.finish(take(queue), is_completed=True, callback=callback())
+    queue.finish(take(queue), is_final=True, callback=callback())
     (taken,), _ = queue.take_callbacks((SDXL,), limit=5, hold=0)
     queue.callback_delivered(taken)
     assert queue.take_callbacks((SDXL,), limit=5, hold=60) == ([], None)
@@ -287,7 +287,7 @@ def test_a_dead_letter_keeps_the_message_byte_for_byte_with_the_reason(queue: Qu
         raw=raw, job_id=None, error_type="PayloadError", reason="not JSON", buried_at="2026-01-01T00:00:00Z", worker="w"
     )
     queue.push(SDXL, raw)
-    queue.finish(take(queue), is_completed=False, dead_letter=letter)
+    queue.finish(take(queue), is_final=False, dead_letter=letter)
     assert queue.dead_letters(SDXL) == [letter]
     assert queue.depth(SDXL).dead == 1
 
@@ -330,7 +330,287 @@ def test_no_job_is_claimed_twice_by_many_workers(queue: Queue, worker_count: int
     assert sorted(claimed) == sorted(ids)
 
 
+# -- cancelling
+
+
+def cancel(queue: Queue, job_id: str):
+    return queue.cancel(SDXL, job_id, worker="person", lease=60.0)
+
+
+def test_a_waiting_job_that_is_cancelled_leaves_the_queue_at_once_and_belongs_to_who_cancelled_it(queue: Queue) -> None:
+    for job_id in ("a", "b", "c"):
+        queue.push(SDXL, message(job_id))
+    cancellation = cancel(queue, "b")
+    assert cancellation.state is CancelState.TAKEN
+    assert (cancellation.claim.key, cancellation.claim.raw) == ("b", message("b"))
+    assert [take(queue).key, take(queue).key, take(queue)] == ["a", "c", None]
+    assert queue.finish(cancellation.claim, is_final=True, callback=callback()) is FinishAnswer.DONE
+    queue.push(SDXL, message("b"))
+    assert take(queue) is None
+
+
+def test_a_job_that_waits_for_another_try_can_be_cancelled(queue: Queue) -> None:
+    queue.push(SDXL, message("a"))
+    queue.hand_back(take(queue), delay=LEASE, reason="storage was down")
+    cancellation = cancel(queue, "a")
+    assert (cancellation.state, cancellation.claim.reasons) == (CancelState.TAKEN, ("storage was down",))
+    time.sleep(LEASE * 1.2)
+    assert take(queue) is None
+
+
+def test_a_running_job_that_is_cancelled_is_told_to_its_worker_and_to_no_other(queue: Queue) -> None:
+    for job_id in ("a", "b"):
+        queue.push(SDXL, message(job_id))
+    first, second = take(queue), take(queue)
+    assert cancel(queue, "a").state is CancelState.RUNNING
+    assert queue.cancel_requests((SDXL, WAN), [second]).running == ()
+    assert queue.cancel_requests((SDXL, WAN), [first, second]).running == (first,)
+    queue.finish(first, is_final=True)
+    assert queue.cancel_requests((SDXL,), [first]).running == ()
+
+
+def test_a_job_that_is_nowhere_cannot_be_cancelled(queue: Queue) -> None:
+    queue.push(SDXL, message("over"))
+    queue.finish(take(queue), is_final=True)
+    assert cancel(queue, "over").state is CancelState.ABSENT
+    assert cancel(queue, "never").state is CancelState.ABSENT
+
+
+def test_a_producers_wish_to_cancel_is_told_once_and_counts_for_a_running_job(queue: Queue) -> None:
+    queue.push(SDXL, message("a"))
+    claim = take(queue)
+    queue.request_cancel(SDXL, "a")
+    requests = queue.cancel_requests((SDXL,), [claim])
+    assert (requests.fresh, requests.running) == (((SDXL, "a"),), (claim,))
+    requests = queue.cancel_requests((SDXL,), [claim])
+    assert (requests.fresh, requests.running) == ((), (claim,))
+
+
+@pytest.mark.parametrize("was_seen", [False, True], ids=["unseen", "seen by a worker that died"])
+def test_a_job_that_was_cancelled_before_it_is_claimed_is_claimed_to_be_reported(queue: Queue, was_seen: bool) -> None:
+    queue.request_cancel(SDXL, "a")
+    if was_seen:
+        queue.cancel_requests((SDXL,), [])
+    queue.push(SDXL, message("a"))
+    queue.push(SDXL, message("b"))
+    claim = take(queue)
+    assert (claim.key, claim.is_cancelled) == ("a", True)
+    queue.finish(claim, is_final=True)
+    assert not take(queue).is_cancelled
+
+
+def test_a_cancelled_job_whose_worker_died_is_not_run_again(queue: Queue) -> None:
+    queue.push(SDXL, message("a"))
+    take(queue, lease=LEASE)
+    cancel(queue, "a")
+    time.sleep(LEASE * 1.2)
+    recover(queue)
+    assert take(queue).is_cancelled
+
+
+# -- what a person looks at and puts right
+
+
+def test_the_next_messages_can_be_looked_at(queue: Queue) -> None:
+    for job_id in ("a", "b", "c"):
+        queue.push(SDXL, message(job_id))
+    assert queue.peek(SDXL, 2) == [message("a"), message("b")]
+    assert queue.depth(SDXL).waiting == 3
+
+
+def test_jobs_in_flight_say_who_has_them(queue: Queue) -> None:
+    for job_id in ("a", "b"):
+        queue.push(SDXL, message(job_id))
+    take(queue, worker="w7", lease=60)
+    queue.hand_back(take(queue, worker="w8"), delay=60)
+    running, waiting = sorted(queue.in_flight(SDXL), key=lambda job: job.key)
+    assert (running.key, running.worker, running.attempt) == ("a", "w7", 1)
+    assert 55 < running.lease_left_seconds <= 60
+    assert (waiting.key, waiting.lease_left_seconds) == ("b", None)
+
+
+def buried(queue: Queue, job_id: str) -> DeadLetter:
+    letter = DeadLetter(
+        raw=message(job_id), job_id=job_id, error_type="EngineCrashed", reason="it died", buried_at="", worker="w"
+    )
+    queue.push(SDXL, letter.raw)
+    queue.finish(take(queue), is_final=True, dead_letter=letter)
+    return letter
+
+
+def test_a_dead_letter_that_is_requeued_runs_although_its_id_had_ended(queue: Queue) -> None:
+    first, second = buried(queue, "a"), buried(queue, "b")
+    queue.request_cancel(SDXL, "a")
+    assert queue.requeue(SDXL, first) is RequeueAnswer.DONE
+    assert queue.requeue(SDXL, first) is RequeueAnswer.ABSENT
+    assert queue.dead_letters(SDXL) == [second]
+    claim = take(queue)
+    assert (claim.key, claim.attempt, claim.is_cancelled) == ("a", 1, False)
+
+
+def test_a_dead_letter_of_a_job_that_runs_again_already_is_left_alone(queue: Queue) -> None:
+    letter = DeadLetter(raw=message("a"), job_id="a", error_type="E", reason="", buried_at="", worker="w")
+    queue.push(SDXL, letter.raw)
+    queue.finish(take(queue), is_final=False, dead_letter=letter)
+    queue.push(SDXL, letter.raw)
+    take(queue)
+    assert queue.requeue(SDXL, letter) is RequeueAnswer.IN_FLIGHT
+    assert queue.dead_letters(SDXL) == [letter]
+
+
+def test_a_dead_letter_can_be_thrown_away(queue: Queue) -> None:
+    letter = buried(queue, "a")
+    assert queue.drop(SDXL, letter)
+    assert not queue.drop(SDXL, letter)
+    assert queue.depth(SDXL).dead == 0
+
+
+def test_a_callback_that_was_given_up_can_be_sent_again_from_the_start(queue: Queue) -> None:
+    queue.push(SDXL, message("a"))
+    queue.finish(take(queue), is_final=True, callback=callback())
+    (taken,), _ = queue.take_callbacks((SDXL,), limit=5, hold=60)
+    refused = QueuedCallback(
+        queue=SDXL,
+        callback_id=taken.callback_id,
+        job_id="a",
+        body=taken.body,
+        failures=9,
+        reason="HTTP 500",
+        first_tried_at=1.0,
+    )
+    queue.callback_given_up(refused)
+    assert queue.replay(refused)
+    assert not queue.undelivered(SDXL)
+    (again,), _ = queue.take_callbacks((SDXL,), limit=5, hold=60)
+    assert (again.callback_id, again.body, again.failures, again.first_tried_at) == ("cb-1", taken.body, 0, 0.0)
+    queue.callback_delivered(again)
+    assert not queue.replay(refused)
+
+
+def test_a_callback_that_waits_can_be_sent_now(queue: Queue) -> None:
+    queue.push(SDXL, message("a"))
+    queue.finish(take(queue), is_final=True, callback=callback(), callback_delay=60)
+    (waiting,) = queue.waiting_callbacks(SDXL)
+    assert queue.replay(waiting)
+    assert queue.take_callbacks((SDXL,), limit=5, hold=60)[0] == [waiting]
+
+
 # -- what only Redis can show
+
+
+def test_a_job_whose_lease_was_lost_runs_again(redis_client: redis.Redis, redis_server: EmbeddedRedis) -> None:
+    queue = RedisQueue.connect(redis_server.address)
+    queue.push(SDXL, message("a"))
+    queue.push(SDXL, message("b"))
+    take(queue)
+    queue.hand_back(take(queue), delay=60)
+    redis_client.delete("{sdxl_queue}:lease", "{sdxl_queue}:retry")
+    assert set(recover(queue).recovered) == {"a", "b"}
+    assert take(queue).reasons == ("its lease was lost",)
+    redis_client.delete("{sdxl_queue}:meta", "{sdxl_queue}:lease")
+    assert len(recover(queue).recovered) == 1
+    redis_client.delete("{sdxl_queue}:meta")
+    assert {take(queue).key, take(queue).key} == {"a", "b"}
+    queue.close()
+
+
+def test_a_job_whose_message_was_lost_does_not_keep_its_repetition_out(
+    redis_client: redis.Redis, redis_server: EmbeddedRedis
+) -> None:
+    queue = RedisQueue.connect(redis_server.address)
+    queue.push(SDXL, message("a"))
+    take(queue)
+    redis_client.delete("{sdxl_queue}:job")
+    recover(queue)
+    queue.push(SDXL, message("a"))
+    assert take(queue).key == "a"
+    queue.close()
+
+
+def test_a_callback_whose_time_was_lost_is_due_now(redis_client: redis.Redis, redis_server: EmbeddedRedis) -> None:
+    queue = RedisQueue.connect(redis_server.address)
+    queue.push(SDXL, message("a"))
+    queue.finish(take(queue), is_final=True, callback=callback(), callback_delay=60)
+    redis_client.delete("{sdxl_queue}:outbox")
+    assert len(queue.take_callbacks((SDXL,), limit=5, hold=60)[0]) == 1
+    queue.close()
+
+
+def test_what_is_over_is_forgotten_after_its_window(redis_client: redis.Redis, redis_server: EmbeddedRedis) -> None:
+    queue = RedisQueue.connect(redis_server.address, duplicate_window=LEASE)
+    queue.push(SDXL, message("a"))
+    queue.finish(take(queue), is_final=True)
+    assert redis_client.zcard("{sdxl_queue}:done") == 1
+    time.sleep(LEASE * 1.2)
+    recover(queue)
+    assert redis_client.zcard("{sdxl_queue}:done") == 0
+    queue.close()
+
+
+@pytest.mark.parametrize("side", PopSide)
+def test_a_job_deep_in_a_long_list_can_be_cancelled(
+    redis_client: redis.Redis, redis_server: EmbeddedRedis, side: PopSide
+) -> None:
+    queue = RedisQueue.connect(redis_server.address, pop_side=side)
+    raw = [message(f"job-{number}") for number in range(12_000)]
+    (redis_client.lpush if side is PopSide.RIGHT else redis_client.rpush)(SDXL, *raw)
+    for job_id in ("job-0", "job-6000", "job-11999"):
+        assert cancel(queue, job_id).claim.key == job_id
+    assert cancel(queue, "job-12000").state is CancelState.ABSENT
+    assert queue.depth(SDXL).waiting == 11_997
+    queue.close()
+
+
+def test_a_cancel_key_of_another_type_does_not_stop_the_queue(
+    redis_client: redis.Redis, redis_server: EmbeddedRedis
+) -> None:
+    queue = RedisQueue.connect(redis_server.address)
+    redis_client.set("{sdxl_queue}:cancel", "a")
+    queue.push(SDXL, message("a"))
+    claim = take(queue)
+    assert not claim.is_cancelled
+    assert queue.finish(claim, is_final=True) is FinishAnswer.DONE
+    queue.close()
+
+
+@pytest.mark.parametrize(
+    ("denied", "says"),
+    [("-blmove", "lacks BLMOVE"), ("-eval", "runs no Lua scripts"), ("-info -config", None)],
+    ids=["no blmove", "no scripts", "tells nothing"],
+)
+def test_what_a_server_lacks_is_said_at_the_start(
+    redis_client: redis.Redis, redis_server: EmbeddedRedis, denied: str, says: str | None
+) -> None:
+    redis_client.execute_command("ACL", "SETUSER", "limited", "reset", "on", ">pw", "~*", "+@all", *denied.split())
+    address = redis_server.address.replace("unix://", "unix://limited:pw@")
+    if says is None:
+        RedisQueue.connect(address).close()
+        return
+    with pytest.raises(QueueUnsupported, match=says):
+        RedisQueue.connect(address)
+
+
+def test_a_server_that_may_throw_jobs_away_is_warned_of(
+    redis_client: redis.Redis, redis_server: EmbeddedRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_client.config_set("maxmemory-policy", "allkeys-lru")
+    redis_client.config_set("appendonly", "no")
+    try:
+        RedisQueue.connect(redis_server.address).close()
+    finally:
+        redis_client.config_set("maxmemory-policy", "noeviction")
+        redis_client.config_set("appendonly", "yes")
+    assert "allkeys-lru" in caplog.text
+    assert "keeps nothing on disk" in caplog.text
+
+
+def test_a_replica_is_refused(redis_client: redis.Redis, redis_server: EmbeddedRedis) -> None:
+    redis_client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    try:
+        with pytest.raises(QueueUnsupported, match="replica"):
+            RedisQueue.connect(redis_server.address)
+    finally:
+        redis_client.execute_command("REPLICAOF", "NO", "ONE")
 
 
 def test_the_producers_left_push_is_taken_from_the_right(
@@ -356,7 +636,7 @@ def test_all_keys_of_a_queue_share_its_hash_tag(redis_client: redis.Redis, redis
     queue = RedisQueue.connect(redis_server.address)
     for job_id in ("a", "b", "c"):
         queue.push(SDXL, message(job_id))
-    queue.finish(take(queue), is_completed=True, callback=callback())
+    queue.finish(take(queue), is_final=True, callback=callback())
     queue.hand_back(take(queue), delay=60)
     take(queue)
     keys = {key.decode() for key in redis_client.keys("*")}
@@ -369,7 +649,7 @@ def test_jobs_and_callbacks_survive_the_server(tmp_path: Path) -> None:
     queue = RedisQueue.connect(server.address, on_close=server.close)
     for job_id in ("a", "b", "c"):
         queue.push(SDXL, message(job_id))
-    queue.finish(take(queue), is_completed=True, callback=callback())
+    queue.finish(take(queue), is_final=True, callback=callback())
     take(queue, lease=LEASE)
     queue.close()
     server = EmbeddedRedis(tmp_path)

@@ -16,12 +16,17 @@ import attrs
 from attrs import define, field
 
 from ourvidz_core.delivery.queue import (
+    Cancellation,
+    CancelRequests,
+    CancelState,
     Claim,
     DeadLetter,
     FinishAnswer,
+    JobInFlight,
     QueuedCallback,
     QueueDepth,
     Recovery,
+    RequeueAnswer,
 )
 from ourvidz_core.errors import PayloadError
 from ourvidz_core.wire.payloads import decode_message
@@ -48,6 +53,8 @@ class _Books:
     callbacks: dict[str, tuple[float, QueuedCallback]] = field(factory=dict)
     undelivered: list[QueuedCallback] = field(factory=list)
     dead: list[DeadLetter] = field(factory=list)
+    cancel_requests: set[str] = field(factory=set)
+    cancelled: set[str] = field(factory=set)
 
 
 class MemoryQueue:
@@ -87,7 +94,7 @@ class MemoryQueue:
         self,
         claim: Claim,
         *,
-        is_completed: bool,
+        is_final: bool,
         callback: QueuedCallback | None = None,
         callback_delay: float = 0.0,
         dead_letter: DeadLetter | None = None,
@@ -100,9 +107,11 @@ class MemoryQueue:
                 books.callbacks[callback.callback_id] = (self._clock() + callback_delay, callback)
             if dead_letter is not None:
                 books.dead.insert(0, dead_letter)
-            if is_completed:
+            if is_final:
                 books.done.add(claim.key)
             books.finished_tokens.add(claim.token)
+            books.cancelled.discard(claim.key)
+            books.cancel_requests.discard(claim.key)
             del books.in_flight[claim.key]
             return FinishAnswer.DONE
 
@@ -142,6 +151,34 @@ class MemoryQueue:
                         recovered.append(key)
         return Recovery(recovered=tuple(recovered), given_up=tuple(given_up))
 
+    def request_cancel(self, queue: str, key: str) -> None:
+        with self._changed:
+            self._books[queue].cancel_requests.add(key)
+
+    def cancel_requests(self, queues: Sequence[str], claims: Sequence[Claim]) -> CancelRequests:
+        with self._changed:
+            fresh = tuple((queue, key) for queue in queues for key in self._books[queue].cancel_requests)
+            for queue, key in fresh:
+                self._books[queue].cancelled.add(key)
+                self._books[queue].cancel_requests.discard(key)
+            running = tuple(claim for claim in claims if claim.key in self._books[claim.queue].cancelled)
+        return CancelRequests(fresh=fresh, running=running)
+
+    def cancel(self, queue: str, key: str, *, worker: str, lease: float) -> Cancellation:
+        with self._changed:
+            books = self._books[queue]
+            held = books.in_flight.get(key)
+            if held is not None and held.retry_at is None:
+                books.cancelled.add(key)
+                return Cancellation(state=CancelState.RUNNING)
+            if held is None:
+                raw = next((raw for raw in books.waiting if _key_of(raw) == key), None)
+                if raw is None or key in books.done:
+                    return Cancellation(state=CancelState.ABSENT)
+                books.waiting.remove(raw)
+                held = self._begin(queue, key, raw, worker)
+            return Cancellation(state=CancelState.TAKEN, claim=self._take(books, held, worker, lease))
+
     def take_callbacks(
         self, queues: Sequence[str], *, limit: int, hold: float
     ) -> tuple[list[QueuedCallback], float | None]:
@@ -175,6 +212,57 @@ class MemoryQueue:
     def undelivered(self, queue: str) -> list[QueuedCallback]:
         return list(self._books[queue].undelivered)
 
+    def peek(self, queue: str, limit: int) -> list[bytes]:
+        return list(reversed(self._books[queue].waiting))[:limit]
+
+    def in_flight(self, queue: str) -> list[JobInFlight]:
+        with self._changed:
+            return [
+                JobInFlight(
+                    queue=queue,
+                    key=key,
+                    worker=held.worker,
+                    attempt=held.claim.attempt,
+                    lease_left_seconds=None if held.lease_until is None else held.lease_until - self._clock(),
+                )
+                for key, held in self._books[queue].in_flight.items()
+            ]
+
+    def requeue(self, queue: str, letter: DeadLetter) -> RequeueAnswer:
+        with self._changed:
+            books, key = self._books[queue], _key_of(letter.raw)
+            if key in books.in_flight:
+                return RequeueAnswer.IN_FLIGHT
+            if not self.drop(queue, letter):
+                return RequeueAnswer.ABSENT
+            for marks in (books.done, books.cancelled, books.cancel_requests):
+                marks.discard(key)
+            self.push(queue, letter.raw)
+            return RequeueAnswer.DONE
+
+    def drop(self, queue: str, letter: DeadLetter) -> bool:
+        with self._changed:
+            dead = self._books[queue].dead
+            is_there = letter in dead
+            if is_there:
+                dead.remove(letter)
+            return is_there
+
+    def waiting_callbacks(self, queue: str) -> list[QueuedCallback]:
+        with self._changed:
+            return [callback for _, callback in self._books[queue].callbacks.values()]
+
+    def replay(self, callback: QueuedCallback) -> bool:
+        with self._changed:
+            books = self._books[callback.queue]
+            if callback in books.undelivered:
+                books.undelivered.remove(callback)
+            elif callback.callback_id not in books.callbacks:
+                return False
+            fresh = attrs.evolve(callback, failures=0, first_tried_at=0.0)
+            books.callbacks[callback.callback_id] = (self._clock(), fresh)
+            return True
+
     def depth(self, queue: str) -> QueueDepth:
         with self._changed:
             books = self._books[queue]
@@ -200,13 +288,21 @@ class MemoryQueue:
             key = _key_of(raw)
             if key in books.done or key in books.in_flight:
                 continue
-            held = _InFlight(claim=Claim(queue=queue, key=key, token=0, attempt=0, raw=raw), worker=worker)
-            books.in_flight[key] = held
-            return self._take(books, held, worker, lease)
+            return self._take(books, self._begin(queue, key, raw, worker), worker, lease)
         return None
 
+    def _begin(self, queue: str, key: str, raw: bytes, worker: str) -> _InFlight:
+        held = _InFlight(claim=Claim(queue=queue, key=key, token=0, attempt=0, raw=raw), worker=worker)
+        self._books[queue].in_flight[key] = held
+        return held
+
     def _take(self, books: _Books, held: _InFlight, worker: str, lease: float) -> Claim:
-        held.claim = attrs.evolve(held.claim, token=_next_token(books), attempt=held.claim.attempt + 1)
+        held.claim = attrs.evolve(
+            held.claim,
+            token=_next_token(books),
+            attempt=held.claim.attempt + 1,
+            is_cancelled=held.claim.key in books.cancelled | books.cancel_requests,
+        )
         held.worker, held.lease_until, held.retry_at = worker, self._clock() + lease, None
         return held.claim
 

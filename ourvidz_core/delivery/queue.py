@@ -27,6 +27,8 @@ class Claim:
     raw: bytes = field(repr=False)
     #: Why earlier attempts ended, oldest first.
     reasons: tuple[str, ...] = ()
+    #: Somebody asked for it to stop before it was claimed: it is to be reported, not to be run.
+    is_cancelled: bool = False
 
 
 @frozen(kw_only=True)
@@ -77,6 +79,57 @@ class FinishAnswer(StrEnum):
     FENCED = "fenced"
 
 
+class CancelState(StrEnum):
+    """Where a job was found that is to be cancelled."""
+
+    #: It waited, and is out of the queue now; the caller holds it and reports it.
+    TAKEN = "taken"
+    #: A worker has it, and will stop it.
+    RUNNING = "running"
+    #: It is over, or was never there.
+    ABSENT = "absent"
+
+
+@frozen(kw_only=True)
+class Cancellation:
+    """What became of a wish to cancel a job."""
+
+    state: CancelState
+    #: The job, where it was taken out.
+    claim: Claim | None = None
+
+
+@frozen(kw_only=True)
+class CancelRequests:
+    """Which jobs were asked to stop."""
+
+    #: Asked for since anybody looked last, as (queue, key); whoever is told sees to them.
+    fresh: tuple[tuple[str, str], ...] = ()
+    #: Those of the given claims that shall stop.
+    running: tuple[Claim, ...] = ()
+
+
+@frozen(kw_only=True)
+class JobInFlight:
+    """A job that a worker has, or that waits for another try."""
+
+    queue: str
+    key: str
+    worker: str
+    attempt: int
+    #: Seconds until the lease ends; None where the job waits for another try.
+    lease_left_seconds: float | None = None
+
+
+class RequeueAnswer(StrEnum):
+    """What became of a dead letter that shall run again."""
+
+    DONE = "done"
+    ABSENT = "absent"
+    #: The producer pushed the job again, and it runs already.
+    IN_FLIGHT = "in flight"
+
+
 @frozen(kw_only=True)
 class QueueDepth:
     """How much a queue holds."""
@@ -112,12 +165,15 @@ class Queue(Protocol):
         self,
         claim: Claim,
         *,
-        is_completed: bool,
+        is_final: bool,
         callback: QueuedCallback | None = None,
         callback_delay: float = 0.0,
         dead_letter: DeadLetter | None = None,
     ) -> FinishAnswer:
-        """End a job for good, with its callback and its dead letter, in one step."""
+        """End a job for good, with its callback and its dead letter, in one step.
+
+        With ``is_final`` its id is dropped when it is pushed again within the duplicate window.
+        """
         ...
 
     def hand_back(self, claim: Claim, *, delay: float, reason: str = "", counts_as_attempt: bool = True) -> bool:
@@ -127,7 +183,19 @@ class Queue(Protocol):
     def recover(
         self, queues: Sequence[str], *, worker: str, lease: float, delay: float, max_interruptions: int
     ) -> Recovery:
-        """Put the jobs of silent workers back."""
+        """Put the jobs of silent workers back, and those that lost their lease some other way."""
+        ...
+
+    def request_cancel(self, queue: str, key: str) -> None:
+        """Ask for a job to stop the way a producer does: see the wire format."""
+        ...
+
+    def cancel_requests(self, queues: Sequence[str], claims: Sequence[Claim]) -> CancelRequests:
+        """Which jobs were asked to stop; of those that run, only the given ones are looked at."""
+        ...
+
+    def cancel(self, queue: str, key: str, *, worker: str, lease: float) -> Cancellation:
+        """Take a job that waits out of the queue, or mark one that runs."""
         ...
 
     def take_callbacks(
@@ -154,6 +222,30 @@ class Queue(Protocol):
 
     def undelivered(self, queue: str) -> list[QueuedCallback]:
         """The callbacks that were given up, newest first."""
+        ...
+
+    def peek(self, queue: str, limit: int) -> list[bytes]:
+        """The next messages in the producer's list, the oldest first."""
+        ...
+
+    def in_flight(self, queue: str) -> list[JobInFlight]:
+        """The jobs that workers have and those that wait for another try."""
+        ...
+
+    def requeue(self, queue: str, letter: DeadLetter) -> RequeueAnswer:
+        """Push a dead letter again, at the end of the line, although its id may have ended for good."""
+        ...
+
+    def drop(self, queue: str, letter: DeadLetter) -> bool:
+        """Throw a dead letter away; False says that it is not there."""
+        ...
+
+    def waiting_callbacks(self, queue: str) -> list[QueuedCallback]:
+        """The callbacks that are not accepted yet and not given up."""
+        ...
+
+    def replay(self, callback: QueuedCallback) -> bool:
+        """Send a callback now, and for as long as a new one, whether it waits or was given up."""
         ...
 
     def depth(self, queue: str) -> QueueDepth:

@@ -19,17 +19,22 @@ import attrs
 import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from ourvidz_core.delivery.queue import (
+    Cancellation,
+    CancelRequests,
+    CancelState,
     Claim,
     DeadLetter,
     FinishAnswer,
+    JobInFlight,
     QueuedCallback,
     QueueDepth,
     Recovery,
+    RequeueAnswer,
 )
 from ourvidz_core.errors import QueueError, QueueUnavailable, QueueUnsupported
 from ourvidz_core.settings import PopSide
@@ -38,7 +43,23 @@ logger = logging.getLogger(__name__)
 
 
 _BLOCK_SECONDS = 20.0
-_SCRIPTS = ("claim", "renew", "finish", "hand_back", "recover", "take_callbacks", "settle_callback")
+_SCRIPTS = (
+    "claim",
+    "renew",
+    "finish",
+    "hand_back",
+    "recover",
+    "cancel",
+    "cancellations",
+    "take_callbacks",
+    "settle_callback",
+    "replay_callback",
+    "settle_dead",
+)
+#: A wish to cancel a job that nobody has seen is remembered for as long.
+_CANCEL_SECONDS = 3600.0
+#: Messages that one script looks through; a server does nothing else meanwhile.
+_SEARCHED_AT_ONCE = 5000
 
 
 class RedisQueue:
@@ -87,17 +108,62 @@ class RedisQueue:
         return made
 
     def check(self) -> None:
-        """Make sure that the server can keep our promises."""
+        """Make sure that the server can keep our promises.
+
+        What we use is tried rather than read from a version: managed servers speak Redis without being it.
+
+        :raises QueueUnsupported: it lacks something without which nothing works.
+        """
+        probe = _name("ourvidz", "probe")
         with _translated():
-            version = str(self._client.info("server")["redis_version"])
-        if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
-            raise QueueUnsupported(f"Redis {version} lacks BLMOVE; 6.2 or newer is needed")
-        with contextlib.suppress(ResponseError):  # a managed server may not tell
-            policy = cast(dict[str, str], self._client.config_get("maxmemory-policy")).get("maxmemory-policy")
-            if policy not in (None, "noeviction"):
-                logger.warning(
-                    "Redis has maxmemory-policy %s: when its memory is full it throws jobs away; set noeviction", policy
-                )
+            try:
+                self._client.blmove(probe, probe, cast(int, 0.01), "RIGHT", "RIGHT")
+            except ReadOnlyError:
+                raise QueueUnsupported("REDIS_URL names a replica, which takes no writes; name its primary") from None
+            except ResponseError as error:
+                raise QueueUnsupported(
+                    f"{self._said_version()} lacks BLMOVE, or this user may not call it: Redis 6.2 or newer is needed,"
+                    f" and a user who may touch every key ({error})"
+                ) from None
+            try:
+                # Under RESP3 a script's reply has other types, and one with no keys may run where others may not.
+                answer = self._client.eval("return {redis.call('TIME')[1], cjson.encode(KEYS)}", 1, probe)
+            except ResponseError as error:
+                raise QueueUnsupported(
+                    f"{self._said_version()} runs no Lua scripts, or this user may not call EVAL ({error})"
+                ) from None
+        if not isinstance(answer, list) or answer[1] != json.dumps([probe], separators=(",", ":")).encode():
+            raise QueueUnsupported(f"{self._said_version()} runs Lua scripts and answers {answer!r} to a simple one")
+        for warning in self._shortcomings():
+            logger.warning("%s", warning)
+
+    def _shortcomings(self) -> Iterator[str]:
+        """What a server may do that loses jobs. A managed one may not tell."""
+        if self._info("cluster").get("cluster_enabled") == 1:
+            yield (
+                "Redis is a cluster and this client speaks to one node: each queue must lie on the node that REDIS_URL"
+                " names, or behind an address that finds the node by itself"
+            )
+        policy = self._config("maxmemory-policy")
+        if policy is not None and policy.startswith("allkeys"):
+            yield f"Redis has maxmemory-policy {policy}: when its memory is full it throws jobs away; set noeviction"
+        if self._config("appendonly") == "no" and self._config("save") == "":
+            yield "Redis keeps nothing on disk: jobs and callbacks end with it; set appendonly yes"
+
+    def _said_version(self) -> str:
+        return f"Redis {self._info('server').get('redis_version', 'of unknown version')}"
+
+    def _info(self, section: str) -> dict[str, Any]:
+        try:
+            return self._client.info(section)
+        except RedisError:
+            return {}
+
+    def _config(self, name: str) -> str | None:
+        try:
+            return cast(dict[str, str], self._client.config_get(name)).get(name)
+        except RedisError:
+            return None
 
     def push(self, queue: str, raw: bytes) -> None:
         with _translated():
@@ -122,12 +188,12 @@ class RedisQueue:
                 answer = self._run(
                     "claim",
                     queue,
-                    ["", "lease", "job", "meta", "done", "fence", "retry"],
+                    ["", "lease", "job", "meta", "done", "fence", "retry", "cancel", "cancelled"],
                     [int(lease * 1000), worker, self._side.value],
                 )
                 if answer is None:
                     break
-                kind, key, raw = answer[0], answer[1].decode("utf-8", "surrogateescape"), answer[2]
+                kind, key, raw = answer[0], _text(answer[1]), answer[2]
                 if kind == b"claimed":
                     return _claim(queue, key, raw, answer[3])
                 logger.warning("dropped a duplicate of job %s from %s: it is in flight or has completed", key, queue)
@@ -143,7 +209,7 @@ class RedisQueue:
         self,
         claim: Claim,
         *,
-        is_completed: bool,
+        is_final: bool,
         callback: QueuedCallback | None = None,
         callback_delay: float = 0.0,
         dead_letter: DeadLetter | None = None,
@@ -151,11 +217,11 @@ class RedisQueue:
         answer = self._run(
             "finish",
             claim.queue,
-            ["lease", "job", "meta", "done", "retry", "finished", "outbox", "rows", "dead"],
+            ["lease", "job", "meta", "done", "retry", "finished", "outbox", "rows", "dead", "cancel", "cancelled"],
             [
                 _key(claim),
                 claim.token,
-                int(is_completed),
+                int(is_final),
                 callback.callback_id if callback else "",
                 _encode_callback(callback) if callback else "",
                 int(callback_delay * 1000),
@@ -185,14 +251,44 @@ class RedisQueue:
             back, buried = self._run(
                 "recover",
                 queue,
-                ["lease", "job", "meta", "fence", "retry"],
-                [max_interruptions, int(delay * 1000), int(lease * 1000), worker],
+                ["lease", "job", "meta", "fence", "retry", "done", "finished"],
+                [max_interruptions, int(delay * 1000), int(lease * 1000), worker, self._window_ms],
             )
-            recovered.extend(key.decode("utf-8", "surrogateescape") for key in back)
-            given_up.extend(
-                _claim(queue, key.decode("utf-8", "surrogateescape"), raw, meta) for key, raw, meta in buried
-            )
+            recovered.extend(_text(key) for key in back)
+            given_up.extend(_claim(queue, _text(key), raw, meta) for key, raw, meta in buried)
         return Recovery(recovered=tuple(recovered), given_up=tuple(given_up))
+
+    def request_cancel(self, queue: str, key: str) -> None:
+        with _translated():
+            self._client.sadd(_name(queue, "cancel"), _bytes(key))
+
+    def cancel_requests(self, queues: Sequence[str], claims: Sequence[Claim]) -> CancelRequests:
+        fresh: list[tuple[str, str]] = []
+        running: list[Claim] = []
+        for queue in queues:
+            held = {_bytes(claim.key): claim for claim in claims if claim.queue == queue}
+            asked, marked = self._run(
+                "cancellations", queue, ["cancel", "cancelled"], [int(_CANCEL_SECONDS * 1000), *held]
+            )
+            fresh.extend((queue, _text(key)) for key in asked)
+            running.extend(held[key] for key in marked)
+        return CancelRequests(fresh=tuple(fresh), running=tuple(running))
+
+    def cancel(self, queue: str, key: str, *, worker: str, lease: float) -> Cancellation:
+        start = 0
+        while True:
+            answer = self._run(
+                "cancel",
+                queue,
+                ["", "lease", "job", "meta", "done", "fence", "retry", "cancel", "cancelled"],
+                [_bytes(key), worker, int(lease * 1000), start, _SEARCHED_AT_ONCE, self._side.value],
+            )
+            start += _SEARCHED_AT_ONCE
+            kind = answer[0].decode()
+            if kind == "taken":
+                return Cancellation(state=CancelState.TAKEN, claim=_claim(queue, key, answer[2], answer[3]))
+            if kind != "more":
+                return Cancellation(state=CancelState(kind))
 
     def take_callbacks(
         self, queues: Sequence[str], *, limit: int, hold: float
@@ -226,6 +322,59 @@ class RedisQueue:
             rows = cast(list[bytes], self._client.lrange(_name(queue, "undelivered"), 0, -1))
         return [_decode_callback(queue, row) for row in rows]
 
+    def peek(self, queue: str, limit: int) -> list[bytes]:
+        with _translated():
+            if self._side is PopSide.LEFT:
+                return cast(list[bytes], self._client.lrange(queue, 0, limit - 1))
+            return cast(list[bytes], self._client.lrange(queue, -limit, -1))[::-1]
+
+    def in_flight(self, queue: str) -> list[JobInFlight]:
+        with _translated(), self._client.pipeline(transaction=False) as pipe:
+            pipe.hgetall(_name(queue, "meta"))
+            pipe.zrange(_name(queue, "lease"), 0, -1, withscores=True)
+            pipe.time()
+            kept, leases, (seconds, microseconds) = pipe.execute()
+        now, until = seconds + microseconds / 1e6, {key: score / 1000 for key, score in leases}
+        jobs = []
+        for key, meta in kept.items():
+            facts = json.loads(meta)
+            left = round(until[key] - now, 3) if key in until else None
+            jobs.append(
+                JobInFlight(
+                    queue=queue,
+                    key=_text(key),
+                    worker=facts["worker"],
+                    attempt=int(facts["attempt"]),
+                    lease_left_seconds=left,
+                )
+            )
+        return jobs
+
+    def requeue(self, queue: str, letter: DeadLetter) -> RequeueAnswer:
+        answer = self._settle_dead(queue, letter, "requeue")
+        return {1: RequeueAnswer.DONE, 0: RequeueAnswer.ABSENT, -1: RequeueAnswer.IN_FLIGHT}[answer]
+
+    def drop(self, queue: str, letter: DeadLetter) -> bool:
+        return self._settle_dead(queue, letter, "drop") == 1
+
+    def waiting_callbacks(self, queue: str) -> list[QueuedCallback]:
+        with _translated():
+            rows = cast(list[bytes], self._client.hvals(_name(queue, "rows")))
+        return [_decode_callback(queue, row) for row in rows]
+
+    def replay(self, callback: QueuedCallback) -> bool:
+        fresh = attrs.evolve(callback, failures=0, first_tried_at=0.0)
+        with _translated():
+            given_up = cast(list[bytes], self._client.lrange(_name(callback.queue, "undelivered"), 0, -1))
+        entry = next((row for row in given_up if _decode_callback(callback.queue, row) == callback), b"")
+        answer = self._run(
+            "replay_callback",
+            callback.queue,
+            ["outbox", "rows", "undelivered"],
+            [callback.callback_id, entry, _encode_callback(fresh)],
+        )
+        return bool(answer)
+
     def depth(self, queue: str) -> QueueDepth:
         with _translated(), self._client.pipeline(transaction=False) as pipe:
             pipe.llen(queue)
@@ -249,6 +398,18 @@ class RedisQueue:
             bell.stop()
         self._client.close()
         self._on_close()
+
+    def _settle_dead(self, queue: str, letter: DeadLetter, verdict: str) -> int:
+        with _translated():
+            entries = cast(list[bytes], self._client.lrange(_name(queue, "dead"), 0, -1))
+        entry = next((entry for entry in entries if _decode_dead_letter(entry) == letter), b"")
+        answer = self._run(
+            "settle_dead",
+            queue,
+            ["", "dead", "meta", "done", "cancel", "cancelled"],
+            [entry, verdict, letter.raw, self._side.value],
+        )
+        return int(answer)
 
     def _settle(self, callback: QueuedCallback, verdict: str, delay: float = 0.0) -> None:
         self._run(
@@ -310,11 +471,20 @@ def _claim(queue: str, key: str, raw: bytes, meta: bytes) -> Claim:
         attempt=int(facts["attempt"]),
         raw=raw,
         reasons=tuple(facts.get("reasons", "").split("\n")) if facts.get("reasons") else (),
+        is_cancelled=bool(facts.get("is_cancelled")),
     )
 
 
 def _key(claim: Claim) -> bytes:
-    return claim.key.encode("utf-8", "surrogateescape")
+    return _bytes(claim.key)
+
+
+def _bytes(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
+
+
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "surrogateescape")
 
 
 def _name(queue: str, name: str) -> str:

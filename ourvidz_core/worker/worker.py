@@ -293,7 +293,7 @@ class Worker:
             active,
             lambda: self._queue.finish(
                 claim,
-                is_completed=error is None,
+                is_final=error is None,
                 callback=queued,
                 callback_delay=self._callback_delay(outcome.job),
                 dead_letter=letter,

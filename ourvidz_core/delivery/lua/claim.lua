@@ -1,45 +1,23 @@
 -- Take the oldest job: raise the fencing token, take the lease, keep the raw bytes, and only then pop.
--- KEYS: queue lease job meta done fence retry   ARGV: lease_ms worker side
+-- KEYS: queue lease job meta done fence retry cancel cancelled   ARGV: lease_ms worker side
 -- Answers nil, {'claimed', id, raw, meta} or {'duplicate', id, raw}.
-local queue, lease, job, meta_key, done, fence, retry = unpack(KEYS)
+local queue, lease, job, meta_key, done, fence, retry, cancel, cancelled = unpack(KEYS)
 local lease_ms, worker, side = tonumber(ARGV[1]), ARGV[2], ARGV[3]
-local now = now_ms()
+local keys = {lease = lease, job = job, meta = meta_key, fence = fence}
 
-local function id_of(raw)
-  local ok, value = pcall(cjson.decode, raw)
-  for _ = 1, 2 do
-    if not ok then break end
-    if type(value) == 'string' then
-      ok, value = pcall(cjson.decode, value)
-    elseif type(value) == 'table' and type(value[1]) == 'string' and value[2] == nil then
-      ok, value = pcall(cjson.decode, value[1])
-    elseif type(value) == 'table' and type(value.data) == 'string' and value.type == nil then
-      ok, value = pcall(cjson.decode, value.data)
-    end
-  end
-  if ok and type(value) == 'table' and type(value.id) == 'string' and #value.id > 0 and #value.id <= 128 then
-    return value.id
-  end
-  -- No usable id: the bytes themselves are the identity, so even such a message is never only in memory.
-  return 'sha1:' .. redis.sha1hex(raw)
-end
-
-local function take(id, raw, meta)
-  meta.token = redis.call('INCR', fence)
-  meta.attempt = (meta.attempt or 0) + 1
-  meta.worker = worker
-  redis.call('HSET', job, id, raw)
-  write_meta(meta_key, id, meta)
-  redis.call('ZADD', lease, now + lease_ms, id)
+local function claim(id, raw, meta)
+  meta = take(keys, id, raw, meta, worker, lease_ms)
+  -- The producer writes the set itself; a key of another type there must not stop the queue.
+  meta.is_cancelled = redis.call('ZSCORE', cancelled, id) ~= false or redis.pcall('SISMEMBER', cancel, id) == 1
   return {'claimed', id, raw, cjson.encode(meta)}
 end
 
 -- Jobs that run again are older than anything in the list.
-local due = redis.call('ZRANGEBYSCORE', retry, '-inf', now, 'LIMIT', 0, 1)[1]
+local due = redis.call('ZRANGEBYSCORE', retry, '-inf', now_ms(), 'LIMIT', 0, 1)[1]
 if due then
-  local raw, meta = redis.call('HGET', job, due), read_meta(meta_key, due)
-  if raw and meta then
-    local answer = take(due, raw, meta)
+  local raw = redis.call('HGET', job, due)
+  if raw then
+    local answer = claim(due, raw, read_meta(meta_key, due) or {})
     redis.call('ZREM', retry, due)
     return answer
   end
@@ -53,7 +31,7 @@ local answer
 if redis.call('ZSCORE', done, id) or redis.call('HEXISTS', meta_key, id) == 1 then
   answer = {'duplicate', id, raw}
 else
-  answer = take(id, raw, {})
+  answer = claim(id, raw, {})
 end
 redis.call(side == 'left' and 'LPOP' or 'RPOP', queue)
 return answer

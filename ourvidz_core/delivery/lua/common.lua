@@ -17,3 +17,41 @@ end
 local function add_reason(meta, reason)
   meta.reasons = (meta.reasons and meta.reasons ~= '') and (meta.reasons .. '\n' .. reason) or reason
 end
+
+-- The id of the job in a message, whatever its envelope.
+local function id_of(raw)
+  local ok, value = pcall(cjson.decode, raw)
+  for _ = 1, 2 do
+    if not ok then break end
+    if type(value) == 'string' then
+      ok, value = pcall(cjson.decode, value)
+    elseif type(value) == 'table' and type(value[1]) == 'string' and value[2] == nil then
+      ok, value = pcall(cjson.decode, value[1])
+    elseif type(value) == 'table' and type(value.data) == 'string' and value.type == nil then
+      ok, value = pcall(cjson.decode, value.data)
+    end
+  end
+  if ok and type(value) == 'table' and type(value.id) == 'string' and #value.id > 0 and #value.id <= 128 then
+    return value.id
+  end
+  -- No usable id: the bytes themselves are the identity, so even such a message is never only in memory.
+  return 'sha1:' .. redis.sha1hex(raw)
+end
+
+-- Raise the fencing token, take the lease and keep the raw bytes. Answers the meta that the claim is told.
+local function take(keys, id, raw, meta, worker, lease_ms)
+  meta.token = redis.call('INCR', keys.fence)
+  meta.attempt = (meta.attempt or 0) + 1
+  meta.worker = worker
+  redis.call('HSET', keys.job, id, raw)
+  write_meta(keys.meta, id, meta)
+  redis.call('ZADD', keys.lease, now_ms() + lease_ms, id)
+  return meta
+end
+
+-- What is over is remembered for a while, and never more of it than a million jobs.
+local function trim(done, finished, now, window_ms)
+  redis.call('ZREMRANGEBYSCORE', done, '-inf', now - window_ms)
+  redis.call('ZREMRANGEBYRANK', done, 0, -1000001)
+  redis.call('ZREMRANGEBYSCORE', finished, '-inf', now - 3600000)
+end

@@ -4,6 +4,11 @@
 local outbox, rows = unpack(KEYS)
 local now = now_ms()
 local answer = {}
+if redis.call('HLEN', rows) > redis.call('ZCARD', outbox) then
+  for _, row_id in ipairs(redis.call('HKEYS', rows)) do
+    redis.call('ZADD', outbox, 'NX', now, row_id) -- its time was lost, and it would never be due
+  end
+end
 for _, row_id in ipairs(redis.call('ZRANGEBYSCORE', outbox, '-inf', now, 'LIMIT', 0, tonumber(ARGV[1]))) do
   local row = redis.call('HGET', rows, row_id)
   if row then
