@@ -2,99 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import redis
-from attrs import define
 from PIL import Image
 
 from ourvidz_core.delivery.embedded import EmbeddedRedis
-from ourvidz_core.delivery.redis_queue import RedisQueue
 from ourvidz_core.testing.distributions import make_distribution
-from ourvidz_core.testing.servers import Bucket, ReceivedRequest, SupabaseServer
+from ourvidz_core.testing.servers import Bucket, SupabaseServer
 from tests import toy
+from tests.deployment import USER, Fleet
 
 QUEUE = "toy_queue"
 KEY = "service-key-canary"
-USER = "11111111-1111-4111-8111-111111111111"
 
 
-@define
-class Fleet:
-    """Workers on one Redis, one storage and one callback endpoint, each a process of its own."""
-
-    environ: dict[str, str]
-    queue: RedisQueue
-    client: redis.Redis
-    supabase: SupabaseServer
-    work_dir: Path
-    processes: list[subprocess.Popen[bytes]]
-    log: Path
+class ToyFleet(Fleet):
+    """With the toy's messages."""
 
     def push(self, job_id: str, *, what: str = "draw", **config: object) -> None:
         self.push_message({"id": job_id, "config": {"what": what, "seed": 7, **config}})
 
     def push_message(self, message: dict[str, object]) -> None:
-        whole = {
-            "type": "toy_image",
-            "prompt": "a toy",
-            "user_id": USER,
-            "created_at": "2025-07-19T19:00:00Z",
-            **message,
-        }
-        self.client.lpush(QUEUE, json.dumps(whole))
-
-    def start(self, *arguments: str, **environ: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ourvidz_core", "worker", *arguments],
-            env={**self.environ, **environ},
-            stderr=self.log.open("ab"),
-        )
-        self.processes.append(process)
-        return process
-
-    def drain(self, **environ: str) -> None:
-        assert self.start("--drain", **environ).wait(timeout=60) == 0, self.log.read_text()
-
-    def callbacks(self, job_id: str) -> list[dict]:
-        bodies = [request.json() for request in self.supabase.callbacks]
-        return [body for body in bodies if body["job_id"] == job_id]
-
-    def tried_callbacks(self, status: str) -> list[ReceivedRequest]:
-        tried = [request for request in self.supabase.requests if request.path.endswith("/job-callback")]
-        return [request for request in tried if request.json()["status"] == status]
-
-    def last(self, job_id: str) -> dict:
-        return self.callbacks(job_id)[-1]
-
-    def wait_for(self, condition: Callable[[], object], seconds: float = 20.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert all(process.returncode in (None, 0, -9) for process in self.processes), self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
-            time.sleep(0.02)
-
-    def engine_of(self, process: subprocess.Popen[bytes]) -> psutil.Process | None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if "ourvidz_core.engine.server" in child.cmdline():
-                        return child
-        return None
-
-    def is_generating(self, process: subprocess.Popen[bytes]) -> bool:
-        return bool(self.engine_of(process) and list(self.work_dir.glob("worker-*/job-*")))
+        super().push_message({"type": "toy_image", "prompt": "a toy", **message})
 
 
 @pytest.fixture(scope="module")
@@ -105,44 +42,23 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedR
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, redis_server: EmbeddedRedis) -> Iterator[Fleet]:
+def fleet(tmp_path: Path, redis_server: EmbeddedRedis) -> Iterator[ToyFleet]:
     make_distribution(tmp_path / "site", "ourvidz-toy", toy.SOURCE)
     (tmp_path / "marks").mkdir()
-    client = redis.Redis.from_url(redis_server.address)
-    client.flushall()
-    with SupabaseServer(key=KEY, buckets={"toy_image": Bucket(), "toy_brief": Bucket()}) as supabase:
-        fleet = Fleet(
-            environ={
-                **{name: value for name, value in os.environ.items() if not name.startswith(("OURVIDZ_", "SUPABASE_"))},
-                "PYTHONPATH": str(tmp_path / "site"),
-                "TOY_MARKS": str(tmp_path / "marks"),
-                "REDIS_URL": redis_server.address,
-                "SUPABASE_URL": supabase.url,
-                "SUPABASE_SERVICE_KEY": KEY,
-                "OURVIDZ_ALLOW_PLUGINS": "ourvidz-toy",
-                "OURVIDZ_WORK_DIR": str(tmp_path / "work"),
-                "OURVIDZ_STATE_DIR": str(tmp_path / "state"),
-                "OURVIDZ_LEASE_SECONDS": "1.5",
-                "OURVIDZ_RETRY_DELAY_SECONDS": "0.05",
-                "OURVIDZ_CALLBACK_RETRY_SECONDS": "0.05",
-                "OURVIDZ_CALLBACK_MIN_AGE_SECONDS": "0",
-                "OURVIDZ_DRAIN_SECONDS": "10",
-            },
-            queue=RedisQueue(client),
-            client=client,
-            supabase=supabase,
-            work_dir=tmp_path / "work",
-            processes=[],
-            log=tmp_path / "worker.log",
-        )
+    buckets = {"toy_image": Bucket(), "toy_brief": Bucket()}
+    with (
+        SupabaseServer(key=KEY, buckets=buckets) as supabase,
+        ToyFleet.on(redis_server, tmp_path, QUEUE, supabase) as fleet,
+    ):
+        fleet.environ |= {
+            "PYTHONPATH": str(tmp_path / "site"),
+            "TOY_MARKS": str(tmp_path / "marks"),
+            "OURVIDZ_ALLOW_PLUGINS": "ourvidz-toy",
+        }
         yield fleet
-        for process in fleet.processes:
-            process.kill()
-            process.wait()
-    client.close()
 
 
-def test_a_job_becomes_a_stored_image_and_one_terminal_callback(fleet: Fleet) -> None:
+def test_a_job_becomes_a_stored_image_and_one_terminal_callback(fleet: ToyFleet) -> None:
     fleet.push("job-1")
     fleet.drain()
     assert [body["status"] for body in fleet.callbacks("job-1")] == ["processing", "completed"]
@@ -178,7 +94,7 @@ def test_a_job_becomes_a_stored_image_and_one_terminal_callback(fleet: Fleet) ->
     ids=["not json", "no id", "no user", "unknown type", "wrong field", "id is a path", "user is a path"],
 )
 def test_a_bad_message_is_reported_and_kept_and_the_next_job_completes(
-    fleet: Fleet, raw: bytes, error_type: str | None, says: str
+    fleet: ToyFleet, raw: bytes, error_type: str | None, says: str
 ) -> None:
     fleet.client.lpush(QUEUE, raw)
     fleet.push("good")
@@ -211,7 +127,7 @@ def test_a_bad_message_is_reported_and_kept_and_the_next_job_completes(
     ],
 )
 def test_whatever_a_generation_does_the_job_is_reported_and_the_next_completes(
-    fleet: Fleet, what: str, error_type: str
+    fleet: ToyFleet, what: str, error_type: str
 ) -> None:
     fleet.push("bad", what=what)
     fleet.push("good")
@@ -221,7 +137,7 @@ def test_whatever_a_generation_does_the_job_is_reported_and_the_next_completes(
     assert fleet.last("good")["status"] == "completed"
 
 
-def test_a_job_that_hangs_is_stopped_at_its_deadline(fleet: Fleet) -> None:
+def test_a_job_that_hangs_is_stopped_at_its_deadline(fleet: ToyFleet) -> None:
     fleet.push_message({"id": "hung", "type": "toy_brief", "config": {"what": "hang"}})
     fleet.push("good")
     fleet.drain()
@@ -229,7 +145,7 @@ def test_a_job_that_hangs_is_stopped_at_its_deadline(fleet: Fleet) -> None:
     assert fleet.last("good")["status"] == "completed"
 
 
-def test_an_engine_killed_in_mid_generation_costs_a_retry_and_nothing_more(fleet: Fleet) -> None:
+def test_an_engine_killed_in_mid_generation_costs_a_retry_and_nothing_more(fleet: ToyFleet) -> None:
     fleet.push("long", what="sleep", seconds=2.0)
     fleet.push("next")
     worker = fleet.start()
@@ -246,7 +162,7 @@ def test_an_engine_killed_in_mid_generation_costs_a_retry_and_nothing_more(fleet
     assert worker.poll() is None
 
 
-def test_a_worker_killed_in_mid_generation_loses_nothing(fleet: Fleet) -> None:
+def test_a_worker_killed_in_mid_generation_loses_nothing(fleet: ToyFleet) -> None:
     fleet.push("long", what="sleep", seconds=1.0)
     first = fleet.start()
     fleet.wait_for(lambda: fleet.is_generating(first))
@@ -261,7 +177,7 @@ def test_a_worker_killed_in_mid_generation_loses_nothing(fleet: Fleet) -> None:
     assert len(list(fleet.work_dir.glob("worker-*"))) == 1  # the dead one's was removed
 
 
-def test_a_job_that_kills_every_engine_fails_for_good(fleet: Fleet) -> None:
+def test_a_job_that_kills_every_engine_fails_for_good(fleet: ToyFleet) -> None:
     fleet.push("poison", what="segfault")
     fleet.drain()
     body = fleet.last("poison")
@@ -270,7 +186,7 @@ def test_a_job_that_kills_every_engine_fails_for_good(fleet: Fleet) -> None:
     assert fleet.queue.dead_letters(QUEUE)[0].job_id == "poison"
 
 
-def test_sigterm_lets_the_running_job_finish(fleet: Fleet) -> None:
+def test_sigterm_lets_the_running_job_finish(fleet: ToyFleet) -> None:
     fleet.push("long", what="sleep", seconds=1.0)
     fleet.push("waiting")
     worker = fleet.start()
@@ -282,7 +198,7 @@ def test_sigterm_lets_the_running_job_finish(fleet: Fleet) -> None:
     assert [body["status"] for body in fleet.callbacks("waiting")] == ["processing", "completed"]
 
 
-def test_a_second_sigterm_hands_the_job_back_at_once(fleet: Fleet) -> None:
+def test_a_second_sigterm_hands_the_job_back_at_once(fleet: ToyFleet) -> None:
     fleet.push("long", what="sleep", seconds=3.0)
     worker = fleet.start()
     fleet.wait_for(lambda: fleet.is_generating(worker))
@@ -295,7 +211,7 @@ def test_a_second_sigterm_hands_the_job_back_at_once(fleet: Fleet) -> None:
     assert fleet.last("long")["metadata"]["attempts"] == 1
 
 
-def test_redis_gone_for_a_while_loses_nothing(fleet: Fleet, tmp_path: Path) -> None:
+def test_redis_gone_for_a_while_loses_nothing(fleet: ToyFleet, tmp_path: Path) -> None:
     server = EmbeddedRedis(tmp_path / "own-redis")
     with redis.Redis.from_url(server.address) as client:
         client.lpush(
@@ -321,7 +237,7 @@ def test_redis_gone_for_a_while_loses_nothing(fleet: Fleet, tmp_path: Path) -> N
         again.close()
 
 
-def test_an_endpoint_that_refuses_for_a_while_gets_the_same_body_again(fleet: Fleet) -> None:
+def test_an_endpoint_that_refuses_for_a_while_gets_the_same_body_again(fleet: ToyFleet) -> None:
     fleet.supabase.fail_next("callback", status=400, times=3)
     fleet.push("job-1")
     fleet.start()
@@ -331,7 +247,7 @@ def test_an_endpoint_that_refuses_for_a_while_gets_the_same_body_again(fleet: Fl
     assert len({request.body for request in tried}) == 1
 
 
-def test_a_callback_that_can_never_be_accepted_is_kept_with_the_reason(fleet: Fleet) -> None:
+def test_a_callback_that_can_never_be_accepted_is_kept_with_the_reason(fleet: ToyFleet) -> None:
     fleet.supabase.fail_next("callback", status=400, times=9, body=b'{"error":"violates check constraint"}')
     fleet.push("job-1")
     fleet.drain()
@@ -343,7 +259,7 @@ def test_a_callback_that_can_never_be_accepted_is_kept_with_the_reason(fleet: Fl
 @pytest.mark.parametrize(
     ("status", "attempts"), [(500, 1), (413, 1)], ids=["server error is retried", "too large is final"]
 )
-def test_storage_errors(fleet: Fleet, status: int, attempts: int) -> None:
+def test_storage_errors(fleet: ToyFleet, status: int, attempts: int) -> None:
     fleet.supabase.fail_next("storage", status=status, times=1)
     fleet.push("job-1")
     fleet.drain()
@@ -354,7 +270,7 @@ def test_storage_errors(fleet: Fleet, status: int, attempts: int) -> None:
         assert body["metadata"]["error_type"] == "AssetRejected"
 
 
-def test_a_full_disk_stops_claiming_and_says_so(fleet: Fleet) -> None:
+def test_a_full_disk_stops_claiming_and_says_so(fleet: ToyFleet) -> None:
     fleet.push("job-1")
     worker = fleet.start(OURVIDZ_MIN_FREE_DISK_MB="1e12")
     fleet.wait_for(lambda: "OURVIDZ_MIN_FREE_DISK_MB" in fleet.log.read_text())
@@ -363,7 +279,7 @@ def test_a_full_disk_stops_claiming_and_says_so(fleet: Fleet) -> None:
     assert worker.wait(timeout=10) == 0
 
 
-def test_a_terminal_callback_waits_until_the_clients_rows_are_linked(fleet: Fleet) -> None:
+def test_a_terminal_callback_waits_until_the_clients_rows_are_linked(fleet: ToyFleet) -> None:
     from datetime import UTC, datetime
 
     created = datetime.now(UTC)
@@ -373,7 +289,7 @@ def test_a_terminal_callback_waits_until_the_clients_rows_are_linked(fleet: Flee
     assert terminal.received_at - created.timestamp() >= 2.0
 
 
-def test_the_engine_sees_no_secret(fleet: Fleet) -> None:
+def test_the_engine_sees_no_secret(fleet: ToyFleet) -> None:
     fleet.push("long", what="sleep", seconds=1.0)
     worker = fleet.start()
     fleet.wait_for(lambda: fleet.is_generating(worker))
@@ -382,7 +298,7 @@ def test_the_engine_sees_no_secret(fleet: Fleet) -> None:
     assert "REDIS_URL" not in environ
 
 
-def test_one_job_and_no_more_with_once(fleet: Fleet) -> None:
+def test_one_job_and_no_more_with_once(fleet: ToyFleet) -> None:
     fleet.push("first")
     fleet.push("second")
     assert fleet.start("--once").wait(timeout=30) == 0
