@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ourvidz_core.delivery.embedded import EmbeddedRedis
@@ -707,6 +707,8 @@ json_values = st.recursive(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(json_values, st.sampled_from(["plain", "string", "data", "list"]))
+@example({"id": "0", "data": ""}, "list")
+@example(["{}"], "string")
 def test_redis_and_the_worker_read_the_same_id(
     redis_client: redis.Redis, redis_server: EmbeddedRedis, value: object, envelope: str
 ) -> None:

@@ -21,14 +21,16 @@ end
 -- The id of the job in a message, whatever its envelope.
 local function id_of(raw)
   local ok, value = pcall(cjson.decode, raw)
-  for _ = 1, 2 do
+  for _ = 1, 3 do -- the envelopes that wire/payloads.py opens, in the same order
     if not ok then break end
     if type(value) == 'string' then
       ok, value = pcall(cjson.decode, value)
     elseif type(value) == 'table' and type(value[1]) == 'string' and value[2] == nil then
       ok, value = pcall(cjson.decode, value[1])
-    elseif type(value) == 'table' and type(value.data) == 'string' and value.type == nil then
+    elseif type(value) == 'table' and type(value.data) == 'string' and value.type == nil and value.id == nil then
       ok, value = pcall(cjson.decode, value.data)
+    else
+      break
     end
   end
   if ok and type(value) == 'table' and type(value.id) == 'string' and #value.id > 0 and #value.id <= 128 then
