@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from attrs import frozen
 
 from ourvidz_core.cli.common import open_registry, open_settings, print_json, table
+from ourvidz_core.cli.demo_pages import DemoResult, draw_sheet, write_page
 from ourvidz_core.errors import SettingsError
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.wire.job_types import JobType
@@ -28,19 +28,6 @@ from ourvidz_core.wire.job_types import JobType
 #: The host of the producer's example messages; the demo serves its paths itself.
 EXAMPLE_HOST = "https://storage.example.test"
 _USER = "11111111-1111-4111-8111-111111111111"
-
-
-@frozen(kw_only=True)
-class DemoResult:
-    """What became of one message."""
-
-    name: str
-    job_id: str
-    job_type: str
-    status: str
-    seconds: float | None
-    assets: tuple[Path, ...]
-    error: str = ""
 
 
 @click.command()
@@ -64,26 +51,30 @@ def demo(messages: Path | None, out: Path, as_json: bool) -> int:
     if not chosen:
         raise SettingsError("there is no message for any installed job type; ourvidz plugins list shows what is there")
     results = _work(registry, out, chosen)
-    sheet = out / "contact-sheet.png"
-    _draw_sheet(results, sheet)
+    sheet, page = out / "contact-sheet.png", out / "index.html"
+    draw_sheet(results, sheet)
+    write_page(results, page)
     if as_json:
-        print_json({"jobs": [_as_json(result) for result in results], "contact_sheet": str(sheet)})
+        jobs = [_as_json(result) for result in results]
+        print_json({"jobs": jobs, "contact_sheet": str(sheet), "page": str(page)})
     else:
-        rows = [
-            (
-                result.name,
-                result.job_type,
-                result.status,
-                f"{result.seconds:.1f}" if result.seconds is not None else "-",
-                len(result.assets),
-                result.error or ", ".join(str(path.relative_to(out)) for path in result.assets[:1]),
-            )
-            for result in results
-        ]
-        click.echo(table(("MESSAGE", "JOB TYPE", "STATUS", "SECONDS", "ASSETS", "FIRST ASSET OR REASON"), rows))
-        click.echo(f"\ncontact sheet: {sheet}")
-    unexpected = [result for result in results if result.status != "completed" and "blob" not in result.name]
-    return 1 if unexpected else 0
+        click.echo(_table(results))
+        click.echo(f"\ncontact sheet: {sheet}\nall results, videos playing: {page}")
+    return 1 if any(result.status != "completed" and "blob" not in result.name for result in results) else 0
+
+
+def _table(results: Iterable[DemoResult]) -> str:
+    rows = [
+        (
+            result.name,
+            result.job_type,
+            result.status,
+            f"{result.metadata['generation_time']:.1f}" if result.assets else "-",
+            result.error if result.error else f"{len(result.assets)} in {result.metadata['bucket']}",
+        )
+        for result in results
+    ]
+    return table(("MESSAGE", "JOB TYPE", "STATUS", "SECONDS", "ASSETS OR REASON"), rows)
 
 
 def _from_files(registry: Registry, directory: Path) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -120,14 +111,38 @@ def _work(registry: Registry, out: Path, messages: list[tuple[str, dict[str, Any
         try:
             for _, message in sent:
                 queue.push(registry.get(message["type"]).job_type.queue, json.dumps(message).encode())
-            started = time.monotonic()
-            worker = subprocess.run(
-                [sys.executable, "-m", "ourvidz_core", "worker", "--drain"], env=environ, check=False
+            log = (out / "worker.log").open("wb")
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "ourvidz_core", "worker", "--drain"], env=environ, stderr=log
             )
-            click.echo(f"worker ended with {worker.returncode} after {time.monotonic() - started:.1f} s", err=True)
+            _watch(worker, out, [message["id"] for _, message in sent])
         finally:
             queue.close()
     return [_result(out, name, message) for name, message in sent]
+
+
+def _watch(worker: subprocess.Popen[bytes], out: Path, job_ids: list[str]) -> None:
+    """Show how many jobs are over until the worker ends; off a terminal, silently."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("jobs", total=len(job_ids))
+        while worker.poll() is None:
+            over = sum(
+                '"status":"processing"' not in _last_line(out / "callbacks" / f"{job_id}.jsonl") for job_id in job_ids
+            )
+            progress.update(task, completed=over)
+            time.sleep(0.2)
+    if worker.returncode != 0:
+        raise SettingsError(f"the worker ended with {worker.returncode}; {out / 'worker.log'} says why")
+
+
+def _last_line(record: Path) -> str:
+    if not record.exists():
+        return '"status":"processing"'
+    return record.read_text("utf-8").rstrip("\n").rpartition("\n")[2]
 
 
 #: The demo leaves what these name alone, whatever they are set to.
@@ -159,40 +174,46 @@ def _example_paths(value: Any) -> set[str]:
     return {path for child in children for path in _example_paths(child)}
 
 
+#: Background and shape of the references that the demo serves, one after the other.
+_REFERENCE_COLOURS = (
+    ((245, 245, 242), (222, 40, 38)),
+    ((26, 34, 84), (250, 222, 50)),
+    ((176, 226, 196), (40, 86, 225)),
+)
+
+
 def _reference_png(number: int) -> bytes:
-    """A picture with a shape at a place that one can recognise in a result."""
+    """A disc at a place of its own, that one can recognise in a result."""
     import io
 
     from PIL import Image, ImageDraw
 
-    sky, shape = (((70, 130, 200), (230, 60, 50)), ((250, 200, 90), (40, 60, 160)), ((60, 160, 90), (250, 230, 60)))[
-        number % 3
-    ]
-    image = Image.new("RGB", (480, 832), sky)
-    draw = ImageDraw.Draw(image)
-    left = 60 + 120 * (number % 3)
-    draw.ellipse((left, 300, left + 180, 480), fill=shape)
+    background, colour = _REFERENCE_COLOURS[number % len(_REFERENCE_COLOURS)]
+    image = Image.new("RGB", (480, 832), background)
+    left = 40 + 110 * (number % 3)
+    ImageDraw.Draw(image).ellipse((left, 320, left + 180, 500), fill=colour)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _result(out: Path, name: str, message: Mapping[str, Any]) -> DemoResult:
-    job_id, job_type = message["id"], message["type"]
-    record = out / "callbacks" / f"{job_id}.jsonl"
+    record = out / "callbacks" / f"{message['id']}.jsonl"
     bodies = [json.loads(line) for line in record.read_text("utf-8").splitlines()] if record.exists() else []
     final = next((body for body in reversed(bodies) if body["status"] != "processing"), None)
     if final is None:
-        return DemoResult(name=name, job_id=job_id, job_type=job_type, status="unfinished", seconds=None, assets=())
+        final = {"status": "unfinished", "assets": [], "metadata": {}}
     metadata = final["metadata"]
     return DemoResult(
         name=name,
-        job_id=job_id,
-        job_type=job_type,
+        job_id=message["id"],
+        job_type=message["type"],
+        prompt=message["prompt"],
+        enhanced_prompt=final.get("enhancedPrompt"),
         status=final["status"],
-        seconds=metadata.get("generation_time"),
         assets=tuple(out / "assets" / metadata["bucket"] / asset for asset in final["assets"]),
         error=final.get("error_message", "")[:100],
+        metadata=metadata,
     )
 
 
@@ -202,51 +223,6 @@ def _as_json(result: DemoResult) -> dict[str, Any]:
         "job_id": result.job_id,
         "job_type": result.job_type,
         "status": result.status,
-        "seconds": result.seconds,
         "assets": [str(path) for path in result.assets],
         "error": result.error,
     }
-
-
-# -- the contact sheet
-
-_THUMB = 160
-_LABEL = 28
-_COLUMNS = 6
-
-
-def _draw_sheet(results: Iterable[DemoResult], path: Path) -> None:
-    """All results as thumbnails with their names; of a video its first, middle and last frame."""
-    from PIL import Image, ImageDraw
-
-    cells = [
-        (f"{result.name}\n{label}", picture)
-        for result in results
-        for asset in result.assets
-        for label, picture in _pictures(asset)
-    ]
-    rows = max(1, -(-len(cells) // _COLUMNS))
-    sheet = Image.new("RGB", (_COLUMNS * _THUMB, rows * (_THUMB + _LABEL)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (label, picture) in enumerate(cells):
-        left, top = number % _COLUMNS * _THUMB, number // _COLUMNS * (_THUMB + _LABEL)
-        scale = min((_THUMB - 8) / picture.width, (_THUMB - 8) / picture.height)
-        thumb = picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
-        sheet.paste(thumb, (left + (_THUMB - thumb.width) // 2, top + (_THUMB - thumb.height) // 2))
-        draw.multiline_text((left + 4, top + _THUMB - 2), label, fill="black", spacing=1, font_size=10)
-    sheet.save(path)
-
-
-def _pictures(asset: Path) -> Iterable[tuple[str, Any]]:
-    from PIL import Image
-
-    if asset.suffix == ".png":
-        with Image.open(asset) as image:
-            yield asset.name.rpartition("_")[2], image.convert("RGB")
-        return
-    import av
-
-    with av.open(str(asset)) as container:
-        frames = [frame.to_image() for frame in container.decode(video=0)]
-    for index in sorted({0, len(frames) // 2, len(frames) - 1}):
-        yield f"frame {index}", frames[index]
