@@ -115,7 +115,8 @@ def _card(result: DemoResult, root: Path) -> str:
         for key, value in said.items()
         if value not in (None, "")
     )
-    return f'<article class="{html.escape(result.status)}"><h2>{html.escape(result.name)}</h2>{media}<dl>{facts}</dl></article>'
+    head = f"<h2>{html.escape(result.name)}</h2>"
+    return f'<article class="{html.escape(result.status)}">{head}{media}<dl>{facts}</dl></article>'
 
 
 def _media(asset: Path, root: Path) -> str:
