@@ -27,6 +27,7 @@ error says what happened, to which thing, and what to do now.
     │   │   ├── CommandFailed         a subprocess ended with a non-zero status
     │   │   ├── ArtifactError         an output is missing, empty or not what it should be
     │   │   ├── JobTimeout            the deadline passed
+    │   │   ├── EngineStalled         steps were reported, and then none for too long
     │   │   ├── EngineCrashed         the engine process died
     │   │   └── EngineUnusable        the device is broken until the process restarts
     │   ├── StorageError           an artifact could not be stored
@@ -204,6 +205,12 @@ class ArtifactError(GenerationError):
 
 class JobTimeout(GenerationError):
     """The job was still running at its deadline, and was stopped."""
+
+
+class EngineStalled(GenerationError):
+    """The job had reported steps, and then none for too long; its engine was stopped."""
+
+    is_transient = True
 
 
 class EngineCrashed(GenerationError):

@@ -160,7 +160,12 @@ class Settings:
         factory=_secret_default, help="Bearer token of the callback endpoint; default: supabase_service_key"
     )
     callback_secret: SecretStr = secret(
-        factory=_secret_default, help="Signs each callback body: X-Callback-Signature, HMAC-SHA256"
+        factory=_secret_default,
+        help="Signs each callback: X-Callback-Signature and webhook-signature, HMAC-SHA256. Text, or whsec_ and base64",
+    )
+    callback_secret_previous: SecretStr = secret(
+        factory=_secret_default,
+        help="The secret before callback_secret, accepted by endpoints that do not know the new one yet",
     )
     callback_dir: Path | None = option(
         default=None, help="Directory that records callbacks where no endpoint is set; default: callbacks in state_dir"
@@ -171,10 +176,13 @@ class Settings:
     callback_retry_seconds: float = option(
         default=5.0,
         validator=_positive,
-        help="Wait before a refused callback is sent again; doubles each time, up to 5 minutes, with jitter",
+        help="Wait before a refused callback is sent again; doubles each time, with jitter, up to 5 minutes and, after"
+        " the first hour, up to an hour",
     )
     callback_give_up_seconds: float = option(
-        default=3600.0, validator=_positive, help="A callback that was refused for this long goes to the dead letters"
+        default=3 * 86400.0,
+        validator=_positive,
+        help="A callback that was refused for this long is put aside, for ourvidz queue outbox replay",
     )
     callback_min_age_seconds: float = option(
         default=5.0,
@@ -216,6 +224,11 @@ class Settings:
     )
     engine_start_seconds: float = option(
         default=300.0, validator=_positive, help="Time limit for the engine process to get ready"
+    )
+    stall_seconds: float = option(
+        default=300.0,
+        validator=_positive,
+        help="A generation that has reported a step and then none for this long is stopped and tried again",
     )
     engine_env: dict[str, str] = option(
         factory=dict, help="Environment of the engine process beyond the worker's own, as JSON"

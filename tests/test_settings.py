@@ -23,7 +23,14 @@ from ourvidz_core.settings import (
     variable_of,
 )
 
-SECRET_NAMES = ["redis_url", "upstash_redis_rest_token", "supabase_service_key", "callback_key", "callback_secret"]
+SECRET_NAMES = [
+    "redis_url",
+    "upstash_redis_rest_token",
+    "supabase_service_key",
+    "callback_key",
+    "callback_secret",
+    "callback_secret_previous",
+]
 
 
 @frozen(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,7 @@ def make_callbacks(settings: Settings) -> CallbackClient:
         url,
         key=str(key),
         secret=str(settings.callback_secret),
+        previous_secret=str(settings.callback_secret_previous),
         timeout_seconds=settings.callback_timeout_seconds,
     )
 
@@ -107,7 +109,9 @@ def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
     workspace = Workspace(settings.work_dir)
     storage = make_storage(settings)
     environ = {**engine_environment(settings), variable_of("log_level"): settings.log_level.value}
-    engine = EngineProcess(registry, environ, start_seconds=settings.engine_start_seconds)
+    engine = EngineProcess(
+        registry, environ, start_seconds=settings.engine_start_seconds, stall_seconds=settings.stall_seconds
+    )
     slot = EngineSlot(engine)
     runner = JobRunner(
         registry=registry,
@@ -129,9 +133,15 @@ def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
 @contextlib.contextmanager
 def make_worker(settings: Settings, registry: Registry, queue: Queue, queues: Sequence[str]) -> Iterator[Worker]:
     """A worker for ``queues``; all but ``queue`` ends with the block."""
+    from ourvidz_core.delivery.spool import DirectorySpool
     from ourvidz_core.worker.worker import Worker, WorkerParts
 
-    with make_machine(settings, registry) as machine:
+    # What waits for one Redis means nothing to another.
+    digest = hashlib.sha256((settings.redis_address or "embedded").encode()).hexdigest()[:16]
+    with (
+        make_machine(settings, registry) as machine,
+        contextlib.closing(DirectorySpool(settings.state_dir / "spool" / digest)) as spool,
+    ):
         parts = WorkerParts(
             queue=queue,
             callbacks=make_callbacks(settings),
@@ -140,5 +150,6 @@ def make_worker(settings: Settings, registry: Registry, queue: Queue, queues: Se
             registry=registry,
             workspace=machine.workspace,
             settings=settings,
+            spool=spool,
         )
         yield Worker(parts, queues)

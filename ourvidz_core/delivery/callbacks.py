@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import hmac
 import os
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -20,13 +22,18 @@ from requests.auth import AuthBase
 from urllib3.exceptions import HTTPError
 
 from ourvidz_core.delivery.deadlines import Deadline, read_start
-from ourvidz_core.errors import CallbackError, CallbackRejected, CallbackUndelivered
+from ourvidz_core.errors import CallbackError, CallbackRejected, CallbackUndelivered, SettingsError
 from ourvidz_core.wire.payloads import ID_PATTERN
 
 SIGNATURE_HEADER = "X-Callback-Signature"
 #: The endpoint answers 400 to what may go through in a minute, too; only these are final.
 PERMANENT_REFUSALS = ("job_id is required", "violates check constraint")
 MAX_RETRY_AFTER_SECONDS = 3600.0
+_LONGEST_WAIT_SECONDS = 300.0
+#: Standard Webhooks: secrets of this form are base64 of the key's bytes; others are the key as text.
+WEBHOOK_SECRET_PREFIX = "whsec_"  # noqa: S105 - the beginning of every such secret
+#: An endpoint that answers one of these may know the other of two secrets.
+_WRONG_SIGNATURE = (401, 403)
 _ANSWER_BYTES = 64 * 1024
 _SHOWN_CHARACTERS = 200
 
@@ -54,7 +61,22 @@ def signature(secret: str, body: bytes) -> str:
     return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
 
 
-def retry_delay(failures: int, *, first_seconds: float, ceiling_seconds: float = 300.0, random: Random) -> float:
+def webhook_signature(secret: str, callback_id: str, timestamp: int, body: bytes) -> str:
+    """One entry of ``webhook-signature``, as Standard Webhooks defines it.
+
+    >>> webhook_signature("whsec_" + base64.b64encode(b"key").decode(), "msg_1", 1700000000, b"{}")
+    'v1,XaXLFEFQ69Q4+demDWPEv5ydXczDW2mM5crCUEFcFBA='
+    """
+    key = secret.encode()
+    if secret.startswith(WEBHOOK_SECRET_PREFIX):
+        key = base64.b64decode(secret.removeprefix(WEBHOOK_SECRET_PREFIX))
+    signed = hmac.new(key, f"{callback_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
+    return "v1," + base64.b64encode(signed).decode()
+
+
+def retry_delay(
+    failures: int, *, first_seconds: float, ceiling_seconds: float = _LONGEST_WAIT_SECONDS, random: Random
+) -> float:
     """How long to wait after ``failures`` tries in a row: doubling, somewhere between half and the whole of it.
 
     The spread keeps workers whose endpoint came back from all calling at once.
@@ -73,20 +95,27 @@ class HttpCallbacks:
         *,
         key: str = "",
         secret: str = "",
+        previous_secret: str = "",
         timeout_seconds: float = 15.0,
         session: requests.Session | None = None,
     ) -> None:
         self._url = url
-        self._auth = _CallbackAuth(key, secret)
+        self._key = key
+        self._secrets = tuple(value for value in (secret, previous_secret) if value)
+        for value in self._secrets:
+            _check_secret(value)
         #: An endpoint may repeat what it was sent; an error message may not.
-        self._hidden = tuple(value for value in (key, secret) if value)
+        self._hidden = tuple(value for value in (key, *self._secrets) if value)
         self._timeout_seconds = timeout_seconds
         self._session = session or requests.Session()
 
     def send(self, callback_id: str, job_id: str, body: bytes) -> None:
         """See :meth:`CallbackClient.send`."""
         try:
-            status, answer, retry_after = self._post(callback_id, body)
+            status, answer, retry_after = self._post(callback_id, body, self._secrets)
+            if status in _WRONG_SIGNATURE and len(self._secrets) > 1:
+                # X-Callback-Signature has room for one: an endpoint that was not told of the new secret gets the old.
+                status, answer, retry_after = self._post(callback_id, body, self._secrets[::-1])
         except (requests.RequestException, HTTPError, OSError) as error:
             # The library's messages hold the URL, whose query may hold a token.
             raise CallbackUndelivered(
@@ -114,7 +143,7 @@ class HttpCallbacks:
         """Give up connections."""
         self._session.close()
 
-    def _post(self, callback_id: str, body: bytes) -> tuple[int, bytes, float | None]:
+    def _post(self, callback_id: str, body: bytes, secrets: Sequence[str]) -> tuple[int, bytes, float | None]:
         headers = {"Content-Type": "application/json", "X-Callback-Id": callback_id}
         with (
             Deadline(self._timeout_seconds) as deadline,
@@ -122,7 +151,7 @@ class HttpCallbacks:
                 self._url,
                 data=body,
                 headers=headers,
-                auth=self._auth,
+                auth=_CallbackAuth(self._key, secrets, callback_id),
                 timeout=self._timeout_seconds,
                 allow_redirects=False,
                 stream=True,
@@ -207,19 +236,38 @@ class RecordingCallbacks:
 
 
 class _CallbackAuth(AuthBase):
-    """Key and signature. As an auth object, since a netrc would overwrite a plain Authorization header."""
+    """Key and signatures. As an auth object, since a netrc would overwrite a plain Authorization header."""
 
-    def __init__(self, key: str, secret: str) -> None:
+    def __init__(self, key: str, secrets: Sequence[str], callback_id: str) -> None:
         self._key = key
-        self._secret = secret
+        self._secrets = secrets
+        # Standard Webhooks joins what it signs with dots; ours has none, and other clients' may.
+        self._webhook_id = callback_id.replace(".", "-")
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
             request.headers["apikey"] = self._key
-        if self._secret and isinstance(request.body, bytes):
-            request.headers[SIGNATURE_HEADER] = signature(self._secret, request.body)
+        timestamp = int(time.time())
+        request.headers["webhook-id"] = self._webhook_id
+        request.headers["webhook-timestamp"] = str(timestamp)
+        if self._secrets and isinstance(body := request.body, bytes):
+            request.headers[SIGNATURE_HEADER] = signature(self._secrets[0], body)
+            request.headers["webhook-signature"] = " ".join(
+                webhook_signature(secret, self._webhook_id, timestamp, body) for secret in self._secrets
+            )
         return request
+
+
+def _check_secret(secret: str) -> None:
+    if secret.startswith(WEBHOOK_SECRET_PREFIX):
+        try:
+            base64.b64decode(secret.removeprefix(WEBHOOK_SECRET_PREFIX), validate=True)
+        except ValueError:
+            raise SettingsError(
+                f"a callback secret begins with {WEBHOOK_SECRET_PREFIX} and the rest is no base64;"
+                " copy it whole, or choose one without that beginning"
+            ) from None
 
 
 def _append(file: Path, line: bytes) -> None:

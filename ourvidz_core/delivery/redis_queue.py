@@ -6,7 +6,6 @@ on one node.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import logging
@@ -36,6 +35,7 @@ from ourvidz_core.delivery.queue import (
     Recovery,
     RequeueAnswer,
 )
+from ourvidz_core.delivery.rows import decode_callback, decode_dead_letter, encode_callback, encode_dead_letter
 from ourvidz_core.errors import QueueError, QueueUnavailable, QueueUnsupported
 from ourvidz_core.settings import PopSide
 
@@ -223,9 +223,9 @@ class RedisQueue:
                 claim.token,
                 int(is_final),
                 callback.callback_id if callback else "",
-                _encode_callback(callback) if callback else "",
+                encode_callback(callback) if callback else "",
                 int(callback_delay * 1000),
-                _encode_dead_letter(dead_letter) if dead_letter else "",
+                encode_dead_letter(dead_letter) if dead_letter else "",
                 self._window_ms,
             ],
         )
@@ -300,7 +300,7 @@ class RedisQueue:
             until = int(answer.pop())
             if until >= 0:
                 soonest = min(until / 1000, soonest) if soonest is not None else until / 1000
-            taken.extend(_decode_callback(queue, row) for row in answer[1::2])
+            taken.extend(decode_callback(queue, row) for row in answer[1::2])
         return taken, soonest
 
     def callback_delivered(self, callback: QueuedCallback) -> None:
@@ -315,12 +315,12 @@ class RedisQueue:
     def dead_letters(self, queue: str) -> list[DeadLetter]:
         with _translated():
             entries = cast(list[bytes], self._client.lrange(_name(queue, "dead"), 0, -1))
-        return [_decode_dead_letter(entry) for entry in entries]
+        return [decode_dead_letter(entry) for entry in entries]
 
     def undelivered(self, queue: str) -> list[QueuedCallback]:
         with _translated():
             rows = cast(list[bytes], self._client.lrange(_name(queue, "undelivered"), 0, -1))
-        return [_decode_callback(queue, row) for row in rows]
+        return [decode_callback(queue, row) for row in rows]
 
     def peek(self, queue: str, limit: int) -> list[bytes]:
         with _translated():
@@ -360,18 +360,18 @@ class RedisQueue:
     def waiting_callbacks(self, queue: str) -> list[QueuedCallback]:
         with _translated():
             rows = cast(list[bytes], self._client.hvals(_name(queue, "rows")))
-        return [_decode_callback(queue, row) for row in rows]
+        return [decode_callback(queue, row) for row in rows]
 
     def replay(self, callback: QueuedCallback) -> bool:
         fresh = attrs.evolve(callback, failures=0, first_tried_at=0.0)
         with _translated():
             given_up = cast(list[bytes], self._client.lrange(_name(callback.queue, "undelivered"), 0, -1))
-        entry = next((row for row in given_up if _decode_callback(callback.queue, row) == callback), b"")
+        entry = next((row for row in given_up if decode_callback(callback.queue, row) == callback), b"")
         answer = self._run(
             "replay_callback",
             callback.queue,
             ["outbox", "rows", "undelivered"],
-            [callback.callback_id, entry, _encode_callback(fresh)],
+            [callback.callback_id, entry, encode_callback(fresh)],
         )
         return bool(answer)
 
@@ -402,7 +402,7 @@ class RedisQueue:
     def _settle_dead(self, queue: str, letter: DeadLetter, verdict: str) -> int:
         with _translated():
             entries = cast(list[bytes], self._client.lrange(_name(queue, "dead"), 0, -1))
-        entry = next((entry for entry in entries if _decode_dead_letter(entry) == letter), b"")
+        entry = next((entry for entry in entries if decode_dead_letter(entry) == letter), b"")
         answer = self._run(
             "settle_dead",
             queue,
@@ -416,7 +416,7 @@ class RedisQueue:
             "settle_callback",
             callback.queue,
             ["outbox", "rows", "undelivered"],
-            [callback.callback_id, verdict, _encode_callback(callback), int(delay * 1000)],
+            [callback.callback_id, verdict, encode_callback(callback), int(delay * 1000)],
         )
 
     def _run(self, script: str, queue: str, names: Sequence[str], arguments: Sequence[Any]) -> Any:
@@ -489,33 +489,6 @@ def _text(key: bytes) -> str:
 
 def _name(queue: str, name: str) -> str:
     return f"{{{queue}}}:{name}" if name else queue
-
-
-def _encode_callback(callback: QueuedCallback) -> bytes:
-    fields = attrs.asdict(callback, filter=lambda attribute, _: attribute.name not in ("queue", "body"))
-    return json.dumps({**fields, "body": callback.body.decode()}).encode()
-
-
-def _decode_callback(queue: str, row: bytes) -> QueuedCallback:
-    fields = json.loads(row)
-    return QueuedCallback(queue=queue, **{**fields, "body": fields["body"].encode()})
-
-
-def _encode_dead_letter(letter: DeadLetter) -> bytes:
-    # The message is whatever a producer sent: text where it is text, so that a person can read it.
-    try:
-        raw = {"raw": letter.raw.decode()}
-    except UnicodeDecodeError:
-        raw = {"raw_base64": base64.b64encode(letter.raw).decode()}
-    fields = attrs.asdict(letter, filter=lambda attribute, _: attribute.name != "raw")
-    return json.dumps({**fields, **raw}).encode()
-
-
-def _decode_dead_letter(entry: bytes) -> DeadLetter:
-    fields = json.loads(entry)
-    encoded = fields.pop("raw_base64", None)
-    raw = base64.b64decode(encoded) if encoded is not None else fields["raw"].encode()
-    return DeadLetter(**{**fields, "raw": raw})
 
 
 @contextlib.contextmanager

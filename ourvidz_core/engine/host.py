@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -25,7 +26,15 @@ from ourvidz_core.engine.protocol import (
     Progress,
     RunJob,
 )
-from ourvidz_core.errors import EngineCrashed, EngineUnusable, JobCancelled, JobError, JobTimeout, OutOfMemory
+from ourvidz_core.errors import (
+    EngineCrashed,
+    EngineStalled,
+    EngineUnusable,
+    JobCancelled,
+    JobError,
+    JobTimeout,
+    OutOfMemory,
+)
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.wire.artifacts import FinishedGeneration
 from ourvidz_core.wire.jobs import Job
@@ -74,11 +83,19 @@ class Engine(Protocol):
 class EngineProcess:
     """An engine in a child process of its own session. One job at a time; not thread-safe."""
 
-    def __init__(self, registry: Registry, environ: Mapping[str, str], *, start_seconds: float = 300.0) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        environ: Mapping[str, str],
+        *,
+        start_seconds: float = 300.0,
+        stall_seconds: float = math.inf,
+    ) -> None:
         self._registry = registry
         self._mark = new_mark()
         self._environ = {**environ, ENGINE_MARK: self._mark}
         self._start_seconds = start_seconds
+        self._stall_seconds = stall_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._log: _EngineLog | None = None
@@ -88,10 +105,11 @@ class EngineProcess:
         """The engine's process id while it runs."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
-    def start(self) -> None:
+    def start(self, cancelled: threading.Event | None = None) -> None:
         """Start the engine and wait until its plugins are loaded. Does nothing while it runs.
 
         :raises EngineCrashed: it ended, or did not get ready in time; says how its log ends.
+        :raises JobCancelled: ``cancelled`` was set meanwhile.
         """
         if self.pid is not None and self._is_listening():
             return
@@ -115,6 +133,9 @@ class EngineProcess:
         deadline = time.monotonic() + self._start_seconds
         try:
             while (ready := self._receive()) is None:
+                if cancelled is not None and cancelled.is_set():
+                    self.close()
+                    raise JobCancelled("the job was cancelled while its engine started")
                 if time.monotonic() >= deadline:
                     self.close()
                     raise EngineCrashed(f"the engine was not ready after {self._start_seconds:g} s: {self._log.end()}")
@@ -137,7 +158,7 @@ class EngineProcess:
         cancelled: threading.Event | None = None,
     ) -> FinishedGeneration:
         """Generate ``job``; see :meth:`Engine.run`. Starts the engine where none runs."""
-        self.start()
+        self.start(cancelled)
         assert self._log is not None
         self._log.begin()
         answer: JobFinished | JobBroken | None = None
@@ -160,6 +181,8 @@ class EngineProcess:
     def _answer(self, request: RunJob, on_progress: OnProgress, cancelled: threading.Event) -> JobFinished | JobBroken:
         deadline = time.monotonic() + request.timeout_seconds + GRACE_SECONDS
         cancel_deadline: float | None = None
+        # Loading a model takes its time in silence, which only the deadline limits; whoever counts steps goes on.
+        stall_deadline = math.inf
         self._send(request)
         while True:
             match self._receive():
@@ -167,12 +190,17 @@ class EngineProcess:
                     return answer
                 case Progress(stage=stage, step=step, total=total):
                     on_progress(stage, step, total)
+                    stall_deadline = time.monotonic() + self._stall_seconds
             now = time.monotonic()
             if cancelled.is_set() and cancel_deadline is None:
                 cancel_deadline = now + CANCEL_SECONDS
                 self._send(CancelJob())
             if cancel_deadline is not None and now >= cancel_deadline:
                 raise JobCancelled("the job was cancelled while it was running; its engine was stopped")
+            if now >= stall_deadline:
+                raise EngineStalled(
+                    f"the job reported no step for {self._stall_seconds:g} s after it had begun; its engine was killed"
+                )
             if now >= deadline:
                 raise JobTimeout(
                     f"the job was still running after {request.timeout_seconds:g} s and did not stop;"

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 #: Callbacks in flight at once, so that one slow answer does not hold up the others.
 PARALLEL = 4
 _LONGEST_WAIT = 5.0
+#: An endpoint that was refusing for an hour is asked less often, and for longer.
+_PATIENT_AFTER_SECONDS = 3600.0
+_PATIENT_WAIT_SECONDS = 3600.0
 
 
 class CallbackDispatcher:
@@ -111,7 +114,13 @@ class CallbackDispatcher:
             )
             self._queue.callback_given_up(callback)
             return
-        delay = retry_delay(callback.failures, first_seconds=self._first_retry, random=self._random)
+        is_old = time.time() - callback.first_tried_at >= _PATIENT_AFTER_SECONDS
+        delay = retry_delay(
+            callback.failures,
+            first_seconds=self._first_retry,
+            random=self._random,
+            **({"ceiling_seconds": _PATIENT_WAIT_SECONDS} if is_old else {}),
+        )
         delay = max(delay, wait or 0.0)
         self._refused.add(callback.callback_id)
         logger.warning("callback of job %s goes out again in %.1f s: %s", callback.job_id, delay, reason)

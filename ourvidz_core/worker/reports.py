@@ -17,12 +17,12 @@ from ourvidz_core.wire.jobs import Job
 from ourvidz_core.wire.payloads import shown
 
 
-def processing_report(job: Job) -> Callback:
+def processing_report(job: Job, attempts: Mapping[str, Any]) -> Callback:
     """The callback that says that work on the job has begun."""
     return Callback(
         job_id=job.id,
         status=JobStatus.PROCESSING,
-        metadata={"job_type": job.job_type, "worker_version": ourvidz_core.__version__},
+        metadata={"job_type": job.job_type, "worker_version": ourvidz_core.__version__, **attempts},
     )
 
 
@@ -95,9 +95,17 @@ def failed_report(
     )
 
 
-def attempt_facts(attempt: int, reasons: Sequence[str]) -> dict[str, Any]:
-    """How often the job was tried, and why not only once."""
-    return {"attempts": attempt, **({"attempt_reasons": list(reasons)} if reasons else {})}
+def attempt_facts(attempt: int, reasons: Sequence[str], token: int | None = None) -> dict[str, Any]:
+    """How often the job was tried, and why not only once.
+
+    ``token`` is the claim's: a receiver that refuses a lower one than it has seen cannot be told of an older try.
+    """
+    facts: dict[str, Any] = {"attempts": attempt}
+    if reasons:
+        facts["attempt_reasons"] = list(reasons)
+    if token is not None:
+        facts["fencing_token"] = token
+    return facts
 
 
 def _as_json(details: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class Watch:
     on_job: Callable[[Job], None] = lambda job: None
     on_progress: Callable[[str, int, int], None] = ignore_progress
     on_generated: Callable[[], None] = lambda: None
+    on_stored: Callable[[Asset], None] = lambda asset: None
     cancelled: threading.Event = field(factory=threading.Event)
 
 
@@ -218,6 +219,7 @@ class JobRunner:
                 with attempt:
                     asset = self._storage.store(artifact.path, bucket=bucket, path=path, media_type=artifact.media_type)
             assets.append(asset)
+            watch.on_stored(asset)
             self._registry.report(
                 events.AssetStored(
                     job_id=job.id, job_type=job.job_type, bucket=bucket, path=path, size_bytes=asset.size_bytes

@@ -8,8 +8,12 @@ from collections import deque
 from pathlib import Path
 
 from ourvidz_core.engine.host import Engine, OnProgress, ignore_progress
+from ourvidz_core.errors import JobCancelled
 from ourvidz_core.wire.artifacts import FinishedGeneration
 from ourvidz_core.wire.jobs import Job
+
+#: How often a job that waits for its turn looks whether it was cancelled.
+_LOOK_SECONDS = 0.2
 
 
 class EngineSlot:
@@ -42,7 +46,10 @@ class EngineSlot:
         ticket = object()
         with self._turn:
             self._waiting.append(ticket)
-            self._turn.wait_for(lambda: self._waiting[0] is ticket)
+            while not self._turn.wait_for(lambda: self._waiting[0] is ticket, timeout=_LOOK_SECONDS):
+                if cancelled is not None and cancelled.is_set():
+                    self._waiting.remove(ticket)
+                    raise JobCancelled("the job was cancelled before its turn at the engine")
             self._stage_started = self._seconds_left = None
         try:
             return self._engine.run(

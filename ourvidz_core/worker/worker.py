@@ -12,19 +12,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 from attrs import field, frozen
 
 from ourvidz_core.delivery.callbacks import CallbackClient, retry_delay
-from ourvidz_core.delivery.queue import Claim, DeadLetter, FinishAnswer, Queue, QueuedCallback
+from ourvidz_core.delivery.queue import CancelState, Claim, DeadLetter, FinishAnswer, Queue, QueuedCallback
+from ourvidz_core.delivery.spool import Ending, NoSpool, Spool
 from ourvidz_core.errors import (
     CallbackError,
     JobCancelled,
     JobError,
+    OutOfMemory,
     PayloadError,
     QueueError,
     QueueUnavailable,
@@ -52,6 +55,11 @@ MAX_ACTIVE = 3
 #: Not sooner: until then another worker may take it and start at once.
 PREFETCH_SECONDS = 3.0
 _IDLE_SECONDS = 2.0
+#: How often a worker that has jobs looks whether they shall stop. With the second that an engine gets to stop by
+#: itself, a cancelled job is off the device within two.
+_CANCEL_SECONDS = 0.5
+#: Beyond what an engine may take to start and a job to run, a silence is no work.
+_SILENCE_MARGIN_SECONDS = 60.0
 _LONGEST_BACKOFF = 10.0
 
 
@@ -71,6 +79,9 @@ class _Active:
     watch: Watch
     is_generated: bool = False
     is_lost: bool = False
+    is_cancelled: bool = False
+    #: When the job last got on.
+    last_sign: float = field(factory=time.monotonic)
     processing: Future[None] | None = None
     thread: threading.Thread | None = None
 
@@ -86,6 +97,7 @@ class WorkerParts:
     registry: Registry
     workspace: Workspace
     settings: Settings = field(repr=False)
+    spool: Spool = field(factory=NoSpool)
 
 
 class Worker:
@@ -112,9 +124,11 @@ class Worker:
             request_timeout=parts.settings.callback_timeout_seconds,
         )
         self._senders = ThreadPoolExecutor(2, thread_name_prefix="processing")
+        self._longest_silence = self._longest_honest_silence()
 
     def run(self, until: Until = Until.STOPPED) -> None:
         """Work until ``until``, or until :meth:`stop`. Returns when nothing of this worker runs any more."""
+        self._replay_spool()
         self._dispatcher.start()
         keeper = threading.Thread(target=self._keep, name="leases", daemon=True)
         keeper.start()
@@ -149,6 +163,17 @@ class Worker:
         with self._changed:
             self._changed.notify_all()
 
+    def _replay_spool(self) -> None:
+        try:
+            self._parts.spool.replay(self._queue)
+        except QueueError as error:
+            logger.warning("what dead workers left in the spool waits for the next start: %s", error)
+
+    def _longest_honest_silence(self) -> float:
+        timeouts = {job_type.name: job_type.timeout_seconds for job_type in self._parts.registry.job_types}
+        longest = max({**timeouts, **self._settings.job_timeouts_seconds}.values(), default=0.0)
+        return longest + self._settings.engine_start_seconds + _SILENCE_MARGIN_SECONDS
+
     # -- claiming
 
     def _claim_until(self, until: Until) -> None:
@@ -163,7 +188,10 @@ class Worker:
                     self._queues, worker=self._settings.worker_name, lease=self._settings.lease_seconds
                 )
                 if claim is not None:
-                    self._begin(claim)
+                    if claim.is_cancelled:
+                        self._end_unrun(claim, JobCancelled("the job was cancelled before it ran"))
+                    else:
+                        self._begin(claim)
                     if until is Until.ONE_JOB:
                         return
                 elif until is Until.DRAINED and not self._active and self._is_drained():
@@ -183,7 +211,7 @@ class Worker:
             return False
         if before_generation == 1 and not self._parts.slot.is_nearly_free(PREFETCH_SECONDS):
             return False
-        free_mb = self._parts.workspace.free_mb()
+        free_mb = min(self._parts.workspace.free_mb(), self._parts.spool.free_mb())
         if free_mb < self._settings.min_free_disk_mb:
             logger.error(
                 "no jobs are taken: %.0f MB of disk are free and OURVIDZ_MIN_FREE_DISK_MB is %.0f",
@@ -203,7 +231,9 @@ class Worker:
         active.watch = attrs.evolve(
             active.watch,
             on_job=lambda job: self._send_processing(active, job),
+            on_progress=lambda stage, step, total: _note_sign(active),
             on_generated=lambda: self._mark_generated(active),
+            on_stored=lambda asset: _note_sign(active),
         )
         active.thread = threading.Thread(target=self._work_on, args=[active], name=f"job-{claim.token}", daemon=True)
         with self._changed:
@@ -211,6 +241,7 @@ class Worker:
         active.thread.start()
 
     def _mark_generated(self, active: _Active) -> None:
+        _note_sign(active)
         with self._changed:
             active.is_generated = True
             self._changed.notify_all()
@@ -218,7 +249,8 @@ class Worker:
     def _send_processing(self, active: _Active, job: Job) -> None:
         # Once, on the first try only: after a terminal report it would set the job back.
         if active.claim.attempt == 1:
-            active.processing = self._senders.submit(self._send_once, processing_report(job))
+            report = processing_report(job, _attempt_facts(active.claim))
+            active.processing = self._senders.submit(self._send_once, report)
 
     def _send_once(self, callback: Callback) -> None:
         try:
@@ -234,15 +266,18 @@ class Worker:
             outcome = self._parts.runner.run(
                 claim.raw,
                 attempt=claim.attempt,
-                attempts=attempt_facts(claim.attempt, claim.reasons),
+                attempts=_attempt_facts(claim),
                 watch=active.watch,
             )
             if active.processing is not None:
-                active.processing.exception()  # it must be over before a terminal report can go out
+                # It must be over before a terminal report can go out. A job that is handed back has none.
+                wait_for_futures([active.processing], timeout=0.0 if self._is_handed_back(active, outcome) else None)
             if active.is_lost:
                 logger.warning("job %s was lost to another worker; nothing is reported", claim.key)
             else:
                 self._settle(active, outcome)
+        except QueueUnavailable as error:
+            logger.warning("job %s is left to the spool, or to the end of its lease: %s", claim.key, error)
         except Exception:
             # The lease runs out and the job is tried again; there is nothing better to do with it here.
             logger.exception("job %s could not be settled", claim.key)
@@ -254,13 +289,23 @@ class Worker:
 
     def _settle(self, active: _Active, outcome: Outcome) -> None:
         claim, error = active.claim, outcome.error
-        if isinstance(error, JobCancelled) and self._handing_back.is_set():
+        if self._is_handed_back(active, outcome):
             self._insist(active, lambda: self._queue.hand_back(claim, delay=0.0, counts_as_attempt=False))
             logger.info("job %s was handed back", claim.key)
-        elif error is not None and error.is_transient and claim.attempt < self._settings.max_attempts:
+        elif error is not None and self._may_run_again(claim, error):
             self._retry(active, outcome, error)
         else:
             self._finish(active, outcome)
+
+    def _is_handed_back(self, active: _Active, outcome: Outcome) -> bool:
+        return isinstance(outcome.error, JobCancelled) and self._handing_back.is_set() and not active.is_cancelled
+
+    def _may_run_again(self, claim: Claim, error: JobError) -> bool:
+        if not error.is_transient or claim.attempt >= self._settings.max_attempts:
+            return False
+        # The second try has the device to itself, in a fresh engine. Where that was too little, a third is the same.
+        has_been = any(reason.startswith(f"{OutOfMemory.__name__}:") for reason in claim.reasons)
+        return not (isinstance(error, OutOfMemory) and has_been)
 
     def _retry(self, active: _Active, outcome: Outcome, error: JobError) -> None:
         claim = active.claim
@@ -288,17 +333,17 @@ class Worker:
         # What another producer or another day could mend is kept for a person to look at.
         if error is not None and (isinstance(error, PayloadError) or error.is_transient or outcome.callback is None):
             letter = self._dead_letter(claim, outcome.job_id, error)
-        queued = self._queued(claim, outcome.callback) if outcome.callback is not None else None
-        answer = self._insist(
-            active,
-            lambda: self._queue.finish(
-                claim,
-                is_final=error is None,
-                callback=queued,
-                callback_delay=self._callback_delay(outcome.job),
-                dead_letter=letter,
-            ),
+        ending = Ending(
+            claim=claim,
+            # A producer may push a failed job again; what somebody stopped stays stopped.
+            is_final=error is None or isinstance(error, JobCancelled),
+            callback=self._queued(claim, outcome.callback) if outcome.callback is not None else None,
+            callback_delay=self._callback_delay(outcome.job),
+            dead_letter=letter,
         )
+        self._parts.spool.keep(ending)
+        answer = self._insist(active, lambda: ending.tell(self._queue))
+        self._parts.spool.forget(ending)
         self._dispatcher.wake()
         if answer is FinishAnswer.FENCED:
             logger.warning("job %s is somebody else's now; nothing was reported", claim.key)
@@ -349,7 +394,7 @@ class Worker:
             try:
                 return ask()
             except QueueUnavailable as error:
-                if self._closed.is_set() or active.is_lost:
+                if self._handing_back.is_set() or active.is_lost:
                     raise
                 logger.warning("job %s waits to be settled: %s", active.claim.key, error)
                 time.sleep(backoff)
@@ -359,15 +404,41 @@ class Worker:
 
     def _keep(self) -> None:
         lease = self._settings.lease_seconds
-        while not self._closed.wait(lease / 3):
-            for active in list(self._active.values()):
-                self._renew(active, lease)
+        due = time.monotonic() + lease / 3
+        while not self._closed.wait(min(_CANCEL_SECONDS, lease / 3)):
+            is_due = time.monotonic() >= due
+            if is_due:
+                due = time.monotonic() + lease / 3
+                for active in list(self._active.values()):
+                    self._renew(active, lease)
             try:
-                self._recover(lease)
+                if is_due or self._active:
+                    self._look_for_cancelled(lease)
+                if is_due:
+                    self._recover(lease)
             except QueueError as error:
-                logger.warning("jobs of silent workers wait: %s", error)
+                logger.warning("cancelled jobs and jobs of silent workers wait: %s", error)
+
+    def _look_for_cancelled(self, lease: float) -> None:
+        actives = {active.claim: active for active in list(self._active.values())}
+        requests = self._queue.cancel_requests(self._queues, list(actives))
+        for claim in requests.running:
+            if not actives[claim].is_cancelled:
+                logger.warning("job %s was cancelled; it is stopped here", claim.key)
+                actives[claim].is_cancelled = True
+                actives[claim].watch.cancelled.set()
+        for queue, key in requests.fresh:
+            cancellation = self._queue.cancel(queue, key, worker=self._settings.worker_name, lease=lease)
+            if cancellation.state is CancelState.TAKEN and cancellation.claim is not None:
+                logger.warning("job %s was cancelled before it ran", key)
+                self._end_unrun(cancellation.claim, JobCancelled("the job was cancelled before it ran"))
 
     def _renew(self, active: _Active, lease: float) -> None:
+        silence = time.monotonic() - active.last_sign
+        if silence > self._longest_silence:
+            # Whatever holds it up is here, in this process: another worker shall have it.
+            logger.error("job %s has not got on for %.0f s; its lease is not renewed", active.claim.key, silence)
+            return
         try:
             is_ours = self._queue.renew(active.claim, lease=lease)
         except QueueError as error:
@@ -389,13 +460,14 @@ class Worker:
         for key in recovery.recovered:
             logger.warning("job %s runs again: its worker stopped responding", key)
         for claim in recovery.given_up:
-            self._bury(claim)
+            # It ended as many workers as are allowed, and would end this one too.
+            error = RepeatedlyInterrupted(
+                f"{self._settings.max_attempts} workers stopped responding while they worked on this job"
+            )
+            self._end_unrun(claim, error)
 
-    def _bury(self, claim: Claim) -> None:
-        """Report a job that ended as many workers as are allowed: it would end this one too."""
-        error = RepeatedlyInterrupted(
-            f"{self._settings.max_attempts} workers stopped responding while they worked on this job",
-        )
+    def _end_unrun(self, claim: Claim, error: JobError) -> None:
+        """Report a job that shall not run as failed."""
         try:
             message = decode_message(claim.raw)
             job_id = job_id_of(message)
@@ -409,11 +481,16 @@ class Worker:
                 error,
                 job_type=job_type if isinstance(job_type, str) else None,
                 job=None,
-                attempts=attempt_facts(claim.attempt, claim.reasons),
+                attempts=_attempt_facts(claim),
             )
         self._finish(
             _Active(claim=claim, watch=Watch()),
-            Outcome(callback=callback, job_id=job_id, job_type=job_type, error=error),
+            Outcome(
+                callback=callback,
+                job_id=job_id,
+                job_type=job_type if isinstance(job_type, str) else None,
+                error=error,
+            ),
         )
 
     # -- ending
@@ -434,3 +511,11 @@ class Worker:
             except QueueError as error:
                 logger.warning("callbacks wait: %s", error)
             self._stopping.wait(0.05)
+
+
+def _attempt_facts(claim: Claim) -> dict[str, Any]:
+    return attempt_facts(claim.attempt, claim.reasons, claim.token)
+
+
+def _note_sign(active: _Active) -> None:
+    active.last_sign = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import json
@@ -24,16 +25,25 @@ from ourvidz_core.delivery.callbacks import (
     retry_after,
     retry_delay,
     signature,
+    webhook_signature,
 )
-from ourvidz_core.errors import CallbackRejected, CallbackUndelivered
+from ourvidz_core.errors import CallbackRejected, CallbackUndelivered, SettingsError
 from ourvidz_core.testing.servers import Answer, FileServer, SupabaseServer
 from ourvidz_core.wire.callbacks import Callback, JobStatus
 
 BODY = Callback(job_id="job-1", status=JobStatus.COMPLETED, assets=("u/job-1_0.png",)).to_bytes()
 
 
-def client_for(server: SupabaseServer, *, secret: str = "", timeout_seconds: float = 5) -> HttpCallbacks:
-    return HttpCallbacks(server.callback_url, key=server.key, secret=secret, timeout_seconds=timeout_seconds)
+def client_for(
+    server: SupabaseServer, *, secret: str = "", previous_secret: str = "", timeout_seconds: float = 5
+) -> HttpCallbacks:
+    return HttpCallbacks(
+        server.callback_url,
+        key=server.key,
+        secret=secret,
+        previous_secret=previous_secret,
+        timeout_seconds=timeout_seconds,
+    )
 
 
 def send(client: CallbackClient, body: bytes = BODY) -> None:
@@ -57,7 +67,7 @@ def test_a_callback_arrives_byte_for_byte(supabase: SupabaseServer) -> None:
     assert received.headers["authorization"] == f"Bearer {supabase.key}"
     assert received.headers["apikey"] == supabase.key
     assert received.headers["x-callback-id"] == "callback-1"
-    assert "x-callback-signature" not in received.headers
+    assert not {"x-callback-signature", "webhook-signature"} & set(received.headers)
 
 
 def test_a_secret_signs_the_raw_body(supabase: SupabaseServer) -> None:
@@ -66,6 +76,52 @@ def test_a_secret_signs_the_raw_body(supabase: SupabaseServer) -> None:
     (received,) = supabase.callbacks
     expected = hmac.new(b"s3cret", received.body, hashlib.sha256).hexdigest()
     assert received.headers["x-callback-signature"] == f"sha256={expected}" == signature("s3cret", BODY)
+
+
+def test_a_standard_webhooks_library_accepts_the_callback(supabase: SupabaseServer) -> None:
+    key = b"\x00\xffa key of any bytes"
+    send(client_for(supabase, secret="whsec_" + base64.b64encode(key).decode()))
+
+    (received,) = supabase.callbacks
+    headers = received.headers
+    assert headers["webhook-id"] == "callback-1"
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < 5
+    signed = b".".join([headers["webhook-id"].encode(), headers["webhook-timestamp"].encode(), received.body])
+    expected = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
+    assert headers["webhook-signature"] == f"v1,{expected}"
+
+
+def test_a_webhook_id_has_no_dots_and_stays_the_same(supabase: SupabaseServer) -> None:
+    client = client_for(supabase, secret="s3cret")
+    for _ in range(2):
+        client.send("a.b", "job-1", BODY)
+
+    assert [received.headers["webhook-id"] for received in supabase.callbacks] == ["a-b", "a-b"]
+
+
+def test_both_secrets_sign_while_one_takes_the_others_place(supabase: SupabaseServer) -> None:
+    send(client_for(supabase, secret="new", previous_secret="old"))
+
+    (received,) = supabase.callbacks
+    headers = received.headers
+    stamp = int(headers["webhook-timestamp"])
+    assert headers["webhook-signature"].split() == [
+        webhook_signature(secret, "callback-1", stamp, BODY) for secret in ("new", "old")
+    ]
+    assert headers["x-callback-signature"] == signature("new", BODY)
+
+
+def test_an_endpoint_that_only_knows_the_old_secret_gets_it_at_once(supabase: SupabaseServer) -> None:
+    supabase.fail_next("callback", status=401)
+    send(client_for(supabase, secret="new", previous_secret="old"))
+
+    tried = [request.headers["x-callback-signature"] for request in supabase.requests]
+    assert tried == [signature("new", BODY), signature("old", BODY)]
+
+
+def test_a_secret_that_was_copied_in_part_is_a_setting_error() -> None:
+    with pytest.raises(SettingsError, match="no base64"):
+        HttpCallbacks("http://127.0.0.1:1", secret="whsec_abc%")
 
 
 def test_an_endpoint_without_a_key_gets_none(supabase: SupabaseServer) -> None:
