@@ -15,7 +15,7 @@ from ourvidz_core.wire.artifacts import Generation
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job, References, seed_of
-from ourvidz_core.wire.payloads import Payload, structure
+from ourvidz_core.wire.payloads import Payload, structure, without_token
 
 
 def default_config(job_type: JobType, values: Mapping[str, Any]) -> Any:
@@ -53,7 +53,9 @@ def default_job(job_type: JobType, payload: Payload) -> Job:
         created_at=payload.created_at,
         expected_seconds=expected_seconds_of(payload),
         ignored_config={
-            key: value for key, value in payload.config.items() if key not in understood and value is not None
+            key: without_token(value)
+            for key, value in payload.config.items()
+            if key not in understood and value is not None
         },
     )
 

@@ -18,7 +18,7 @@ from ourvidz_core.errors import Fault, PayloadError
 from ourvidz_core.plugins.defaults import expected_seconds_of
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job, References, seed_of
-from ourvidz_core.wire.payloads import Payload, shown
+from ourvidz_core.wire.payloads import Payload, shown, without_token
 
 #: SDXL was trained on buckets of about 1024 * 1024 pixels; the smallest has 9.8% fewer
 #: (704 * 1344), so 12% lets all of them in and the sizes between them.
@@ -184,17 +184,10 @@ def _ignored(asked: Mapping[str, Any], config: SdxlConfig) -> dict[str, Any]:
         "reference_strength": config.reference_strength,
     }
     return {
-        key: _without_token(value)
+        key: without_token(value)
         for key, value in asked.items()
         if key not in _READ_ELSEWHERE and value is not None and value != "" and value != runs.get(key)
     }
-
-
-def _without_token(value: Any) -> Any:
-    """An address without its query, which carries an access token in production."""
-    if isinstance(value, str) and "://" in value:
-        return value.partition("?")[0]
-    return value
 
 
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:
