@@ -10,6 +10,8 @@ from attrs import field, frozen, validators
 
 #: Frames a latent stands for; a video has one frame more than a multiple of it.
 FRAMES_PER_LATENT = 4
+#: Sides are whole numbers of patches: 8 pixels a latent, 2 latents a patch.
+PATCH_PIXELS = 16
 #: Frames a second of every WAN 2.1 model.
 FPS = 16
 #: What producers send where their users did not choose.
@@ -108,6 +110,14 @@ def dimensions_of(size: str) -> tuple[int, int]:
     """
     width, height = size.split("*")
     return int(width), int(height)
+
+
+def scaled_size(size: str, scale: float) -> tuple[int, int]:
+    """Width and height that a model of this scale makes of ``size``, in whole patches."""
+    width, height = (
+        max(PATCH_PIXELS, int(side * scale) // PATCH_PIXELS * PATCH_PIXELS) for side in dimensions_of(size)
+    )
+    return width, height
 
 
 def as_size(width: int, height: int) -> str:

@@ -11,13 +11,14 @@ from typing import Any
 
 import attrs
 
+from ourvidz_core.engine.variants import read_variant
 from ourvidz_core.errors import GenerationError, ModelUnavailable
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.wire.artifacts import Artifact, Generation
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.jobs import Job, ReferenceMode
 from ourvidz_wan.arguments import IMAGE_SUFFIX, GenerateArguments, UsageError, parse_arguments
-from ourvidz_wan.config import RunAs, WanConfig, WanSettings
+from ourvidz_wan.config import RunAs, WanConfig, WanSettings, WanVariant, as_size, scaled_size
 from ourvidz_wan.jobs import TASK, uses_strength
 
 #: The option that hands over each reference.
@@ -26,7 +27,18 @@ MODULE = "ourvidz_wan.generate"
 #: What the job or core reports, so that it is not reported twice.
 REPORTED_ELSEWHERE = frozenset({"wan_task", "prompt", "seed", "frame_num"})
 #: What a file says in words; everything else it says as JSON.
-FACTS_IN_WORDS = frozenset({"wan_task", "model", "size", "requested_size", "solver", "reference_method", "prompt"})
+FACTS_IN_WORDS = frozenset(
+    {
+        "wan_task",
+        "model",
+        "size",
+        "requested_size",
+        "solver",
+        "reference_method",
+        "negative_prompt_source",
+        "prompt",
+    }
+)
 FACTS_OF_FILE_FORMAT = frozenset({"software", "digital_source_type"})
 #: Device memory that the weights take, by task (GiB, bfloat16).
 WEIGHTS_GB: Mapping[str, float] = {"t2v-1.3B": 14.7, "vace-1.3B": 16.0, "vace-14B": 44.0}
@@ -45,14 +57,11 @@ def build_wan_command(job: Job, context: JobContext) -> Command:
     settings = context.settings(WanSettings)
     config: WanConfig = job.config
     task = _task(job, settings)
-    ckpt_dir = settings.ckpt_dir if task == TASK else settings.vace_ckpt_dir
-    if ckpt_dir is None:
-        raise ModelUnavailable("no WAN weights are configured; set OURVIDZ_WAN_CKPT_DIR to their directory")
     is_image = config.frame_num == 1
     output = context.output_path("png" if is_image else "mp4")
     options = {
         "task": task,
-        "ckpt_dir": ckpt_dir,
+        "ckpt_dir": _ckpt_dir(task, settings),
         "size": config.size,
         "frame_num": config.frame_num,
         "sample_steps": config.sample_steps,
@@ -90,14 +99,9 @@ def build_wan_command(job: Job, context: JobContext) -> Command:
 def generate_wan(job: Job, command: Command, context: JobContext) -> Generation:
     """Run ``command`` and report what came of it."""
     settings = context.settings(WanSettings)
-    if settings.script is not None:
-        # Nothing is known of what another script does with a reference.
-        artifacts = context.run(command)
-        return Generation(artifacts=_seeded(artifacts, job), facts={**_asked(job), "reference_method": "unknown"})
-    if settings.run_as is RunAs.SUBPROCESS:
-        artifacts = context.run(command)
-        return Generation(artifacts=_seeded(artifacts, job), facts=_reported(facts_of_file(artifacts[0].path)))
-    return _generate_here(job, command, context)
+    if settings.script is None and settings.run_as is RunAs.ENGINE:
+        return _generate_here(job, command, context)
+    return _generate_apart(job, command, context)
 
 
 def command_environment(settings: WanSettings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -164,9 +168,31 @@ def _generate_here(job: Job, command: Command, context: JobContext) -> Generatio
     return Generation(artifacts=(artifact,), facts=_reported(result.facts))
 
 
+def _generate_apart(job: Job, command: Command, context: JobContext) -> Generation:
+    settings = context.settings(WanSettings)
+    (artifact,) = context.run(command)
+    variant = read_variant(_ckpt_dir(_task(job, settings), settings), WanVariant)
+    width, height = scaled_size(job.config.size, variant.size_scale)
+    frames = None if job.config.frame_num == 1 else job.config.frame_num
+    # What was asked for: core opens the file and compares.
+    artifact = attrs.evolve(artifact, seed=job.seed, width=width, height=height, frames=frames)
+    if settings.script is None:
+        facts = _reported(facts_of_file(artifact.path))
+    else:
+        facts = {**_asked(job), "size": as_size(width, height)}
+    return Generation(artifacts=(artifact,), facts=facts)
+
+
 def _task(job: Job, settings: WanSettings) -> str:
     wants_vace = job.reference_mode is not ReferenceMode.NONE and job.config.frame_num > 1
     return settings.vace_task if wants_vace and settings.vace_ckpt_dir is not None else TASK
+
+
+def _ckpt_dir(task: str, settings: WanSettings) -> Path:
+    ckpt_dir = settings.ckpt_dir if task == TASK else settings.vace_ckpt_dir
+    if ckpt_dir is None:
+        raise ModelUnavailable("no WAN weights are configured; set OURVIDZ_WAN_CKPT_DIR to their directory")
+    return ckpt_dir
 
 
 def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,15 +200,17 @@ def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asked(job: Job) -> dict[str, Any]:
+    """What another script was told. None stands for what nobody but the script knows."""
     config: WanConfig = job.config
-    return {
+    facts: dict[str, Any] = {
         "requested_size": config.size,
         "solver": config.sample_solver.value,
         "steps": config.sample_steps,
         "guidance_scale": config.sample_guide_scale,
         "shift": config.sample_shift,
+        "reference_applied": False,
+        "negative_prompt_source": None,
     }
-
-
-def _seeded(artifacts: tuple[Artifact, ...], job: Job) -> tuple[Artifact, ...]:
-    return tuple(attrs.evolve(artifact, seed=job.seed) for artifact in artifacts)
+    if job.reference_mode is not ReferenceMode.NONE:
+        facts |= {"reference_applied": None, "reference_method": None, "reference_strength": None}
+    return facts

@@ -12,7 +12,7 @@ from ourvidz_core.errors import Fault, PayloadError
 from ourvidz_core.plugins.defaults import expected_seconds_of
 from ourvidz_core.wire.job_types import ContentType, JobType
 from ourvidz_core.wire.jobs import Job, ReferenceMode, References, seed_of
-from ourvidz_core.wire.payloads import Payload, converter, shown
+from ourvidz_core.wire.payloads import Payload, converter, shown, without_token
 from ourvidz_wan.config import Solver, WanConfig, frames_of, is_set
 from ourvidz_wan.tasks import TASKS
 
@@ -21,7 +21,7 @@ TASK = "t2v-1.3B"
 
 #: Where each reference is looked for; the first place that holds something counts.
 REFERENCE_PATHS: Mapping[str, tuple[str, ...]] = {
-    "single": ("config.image", "metadata.reference_image_url", "config.reference_image_url"),
+    "single": ("config.image", "metadata.reference_image_url"),
     "start": ("config.first_frame", "metadata.start_reference_url"),
     "end": ("config.last_frame", "metadata.end_reference_url"),
 }
@@ -141,6 +141,7 @@ def _first_set(payload: Payload, paths: tuple[str, ...]) -> tuple[str, Any]:
 
 
 def _ignored(payload: Payload, mode: ReferenceMode, fixed: Mapping[str, Any], *, is_video: bool) -> dict[str, Any]:
+    has_strength = uses_strength(mode, is_video=is_video)
     ignored = {}
     for key, value in payload.config.items():
         if not is_set(value):
@@ -151,9 +152,16 @@ def _ignored(payload: Payload, mode: ReferenceMode, fixed: Mapping[str, Any], *,
         elif key == "frame_num":
             is_obeyed = is_video or value == 1
         elif key == "reference_strength":
-            is_obeyed = uses_strength(mode, is_video=is_video)
+            is_obeyed = has_strength
+        elif key == "reference_image_url":
+            # SDXL's place for it. The producer sends it to WAN too, beside the one that counts.
+            is_obeyed = value == payload.get("metadata.reference_image_url")
         else:
             is_obeyed = key in UNDERSTOOD
         if not is_obeyed:
-            ignored[key] = value
+            ignored[key] = without_token(value)
+    if mode is not ReferenceMode.NONE and not has_strength:
+        # Wherever it stood. Without any reference the producer's default is nothing that a user asked for.
+        _, strength = _first_set(payload, STRENGTH_PATHS)
+        ignored |= {"reference_strength": strength} if is_set(strength) else {}
     return ignored

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 from attrs import field, frozen
@@ -25,14 +26,12 @@ from ourvidz_wan.conditioning import (
     resembling,
     single_start_sigma,
 )
-from ourvidz_wan.config import FRAMES_PER_LATENT, as_size, dimensions_of
+from ourvidz_wan.config import as_size, frames_of, scaled_size
 from ourvidz_wan.tasks import Pipeline
 from ourvidz_wan.video import read_video
 
 #: Called with the step that is done and the number of steps; may raise to stop.
 OnProgress = Callable[[int, int], None]
-#: Sides are whole numbers of patches: 8 pixels a latent, 2 latents a patch.
-PATCH_PIXELS = 16
 #: Encoding an 81-frame still takes a noticeable part of a second, and users try one picture often.
 CACHED_STILLS = 8
 _GREY = (128, 128, 128)
@@ -70,14 +69,6 @@ def sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProgr
     """
     with torch.no_grad():
         return _sample(arguments, models, on_progress)
-
-
-def scaled_size(size: str, scale: float) -> tuple[int, int]:
-    """Width and height that a model of this scale makes of ``size``, in whole patches."""
-    width, height = (
-        max(PATCH_PIXELS, int(side * scale) // PATCH_PIXELS * PATCH_PIXELS) for side in dimensions_of(size)
-    )
-    return width, height
 
 
 def fit_image(path: Path, size: tuple[int, int]) -> Image.Image:
@@ -123,6 +114,10 @@ def decode(models: WanModels, latents: torch.Tensor) -> NDArray[np.uint8]:
 
 def _sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> Sample:
     width, height = scaled_size(arguments.size, models.variant.size_scale)
+    # One frame cannot lead from one picture to another.
+    is_end_ignored = arguments.frame_num == 1 and bool(arguments.first_frame and arguments.last_frame)
+    if is_end_ignored:
+        arguments = attrs.evolve(arguments, last_frame=None)
     runs = {Pipeline.TEXT: _run_text, Pipeline.IMAGE: _run_image, Pipeline.VACE: _run_vace}
     latents, method, strength = runs[arguments.task.pipeline](arguments, models, (width, height), on_progress)
     if not bool(torch.isfinite(latents).all()):
@@ -144,6 +139,10 @@ def _sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProg
         facts["reference_method"] = method
     if strength is not None:
         facts["reference_strength"] = strength
+    if arguments.sample_guide_scale > 1:  # without guidance no negative prompt counts
+        facts["negative_prompt_source"] = "model" if arguments.negative_prompt is None else "job"
+    if is_end_ignored:
+        facts["references_ignored"] = ["end"]
     return Sample(frames=decode(models, latents), latents=latents, fps=models.variant.fps, facts=facts)
 
 
@@ -169,7 +168,7 @@ def _plan(arguments: GenerateArguments, models: WanModels, size: tuple[int, int]
 
     frames, strength = arguments.frame_num, arguments.reference_strength
     start, end = arguments.first_frame, arguments.last_frame
-    # One frame cannot lead anywhere: whatever the reference stands for, the image is made from it.
+    # Whatever the reference stands for, one frame is made from it.
     single = arguments.image or ((start or end) if frames == 1 else None)
     if single is not None and frames == 1:
         return _Plan(
@@ -302,6 +301,7 @@ def _fit_video(path: Path, frames: int, size: tuple[int, int]) -> list[Image.Ima
     except (OSError, ValueError) as error:
         raise ReferenceInvalid(f"{path.name} is not a readable video: {error}") from error
     if len(shown) < frames:
-        lower = (len(shown) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
-        raise ReferenceInvalid(f"{path.name} has {len(shown)} frames and {frames} are needed; use --frame_num {lower}")
+        raise ReferenceInvalid(
+            f"{path.name} has {len(shown)} frames and {frames} are needed; use --frame_num {frames_of(len(shown))}"
+        )
     return [ImageOps.fit(Image.fromarray(frame), size, Image.Resampling.LANCZOS) for frame in shown[:frames]]

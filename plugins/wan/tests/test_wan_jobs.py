@@ -99,8 +99,20 @@ def test_an_empty_reference_in_the_config_leaves_it_to_the_metadata(role, nothin
     assert [reference.url for _, reference in job.references] == [URLS[role]]
 
 
-def test_a_reference_that_only_the_config_names_as_sdxl_does_is_not_dropped():
-    assert parse(config={"reference_image_url": URLS["single"]}).reference_mode == "single"
+def test_a_reference_in_sdxls_place_is_none_to_wan_and_said_to_be_ignored():
+    job = parse(config={"reference_image_url": URLS["single"] + "?token=secret"})
+    assert job.reference_mode == "none"
+    assert job.ignored_config == {"reference_image_url": URLS["single"]}
+
+
+@pytest.mark.parametrize("roles", [("start",), ("end",), ("start", "end")], ids="+".join)
+@pytest.mark.parametrize("where", ["config", "metadata"])
+def test_a_strength_means_nothing_to_pinned_frames_wherever_it_stands(roles, where):
+    urls = {METADATA_KEYS[role]: URLS[role] for role in roles}
+    given = {"metadata": urls, "config": {}}
+    given[where] = {**given[where], "reference_strength": 0.5}
+    assert parse(**given).ignored_config == {"reference_strength": 0.5}
+    assert parse("image_fast", **given).ignored_config == {}
 
 
 @pytest.mark.parametrize(("requested", "made"), [(83, 81), (81, 81), (84, 81), (85, 85), (5, 5), (8, 5)])
@@ -143,9 +155,9 @@ def test_what_is_not_obeyed_is_said(config, ignored):
     assert parse(config=config).ignored_config == ignored
 
 
-def test_no_url_is_ever_listed_as_ignored():
+def test_a_reference_that_counts_is_not_listed_as_ignored():
     config = {CONFIG_KEYS[role]: url for role, url in URLS.items()} | {"reference_image_url": URLS["single"]}
-    assert parse(config=config).ignored_config == {}
+    assert parse(config=config, metadata={"reference_image_url": URLS["single"]}).ignored_config == {}
 
 
 def test_what_the_config_says_is_honoured():

@@ -130,11 +130,32 @@ def test_the_enhanced_prompt_is_the_one_that_runs(context_of):
     assert "--prompt=a majestic cat" in plugin.build_command(job, context_of()).argv
 
 
-@pytest.mark.parametrize(("setting", "is_given"), [("false", False), ("true", True)])
-def test_the_jobs_negative_prompt_counts_only_by_setting(setting, is_given, context_of):
+def test_the_jobs_negative_prompt_counts_only_by_setting(context_of):
     job = attrs.evolve(job_of(), negative_prompt="rain")
-    command = plugin.build_command(job, context_of(use_job_negative_prompt=setting))
-    assert ("--negative_prompt=rain" in command.argv) is is_given
+    made = {}
+    for setting in ("false", "true"):
+        _, command, generation = walk(job, context_of(setting, use_job_negative_prompt=setting))
+        assert ("--negative_prompt=rain" in command.argv) is (setting == "true")
+        made[generation.facts["negative_prompt_source"]] = read_video(generation.artifacts[0].path)
+    assert not np.array_equal(made["model"], made["job"])
+    _, _, plain = walk(job_of(), context_of("plain", use_job_negative_prompt="true"))
+    assert np.array_equal(read_video(plain.artifacts[0].path), made["model"])
+
+
+def test_without_guidance_no_negative_prompt_counts(context_of):
+    _, _, generation = walk(job_of(sample_guide_scale=1), context_of())
+    assert "negative_prompt_source" not in generation.facts
+
+
+def test_an_image_with_a_start_and_an_end_is_made_from_the_start_and_says_so(context_of, pictures):
+    start = {"start": pictures["lake"]}
+    made = []
+    for name, references in (("start", start), ("both", {**start, "end": pictures["fire"]})):
+        _, _, generation = walk(job_of("image_fast", frame_num=1, references=references), context_of(name))
+        assert generation.facts["reference_method"] == "image_to_image"
+        made.append((np.asarray(Image.open(generation.artifacts[0].path)), generation.facts.get("references_ignored")))
+    assert np.array_equal(made[0][0], made[1][0])
+    assert [ignored for _, ignored in made] == [None, ["end"]]
 
 
 def test_without_weights_the_error_names_the_setting(tmp_path):
@@ -165,6 +186,7 @@ def test_a_video_is_generated_by_the_warm_model(context_of, warm):
         "guidance_scale": 6.5,
         "shift": 5.0,
         "reference_applied": False,
+        "negative_prompt_source": "model",
     }
     assert len(warm.keys) == 1
     walk(job_of(), context_of("again"))
@@ -231,9 +253,13 @@ def test_another_script_with_this_command_line_can_run_instead(context_of, tmp_p
     job = job_of(references={"single": pictures["lake"]})
     _, command, generation = walk(job, context)
     assert command.argv[1] == str(script)
-    assert generation.artifacts[0].path.read_bytes() == example.read_bytes()
-    assert generation.facts["reference_method"] == "unknown"
-    assert "reference_applied" not in generation.facts
+    (artifact,) = generation.artifacts
+    assert artifact.path.read_bytes() == example.read_bytes()
+    unknown = ("reference_applied", "reference_method", "reference_strength", "negative_prompt_source")
+    assert [generation.facts[key] for key in unknown] == [None] * 4
+    assert generation.facts["size"] == "48*80"
+    promised = (artifact.width, artifact.height, artifact.frames, artifact.seed)
+    assert promised == (48, 80, 5, 11)
 
 
 def test_a_script_that_fails_says_why(context_of, tmp_path):
