@@ -7,8 +7,11 @@ and a production model take the same path.
 from __future__ import annotations
 
 import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TypeVar
+
+from attrs import frozen
 
 from ourvidz_core.errors import ModelUnavailable, PayloadError
 from ourvidz_core.wire.payloads import structure
@@ -16,6 +19,25 @@ from ourvidz_core.wire.payloads import structure
 Variant = TypeVar("Variant")
 
 FILE_NAME = "variant.toml"
+#: Distributions offer models under this entry-point group: the name is a family, the value a directory.
+MODEL_GROUP = "ourvidz.models"
+
+
+def find_model(named: Path, family: str) -> Path:
+    """Where the model lies that an operator named: a path, or the name of an installed model.
+
+    With ``ourvidz-demo-models`` installed, ``demo`` names a small model of each family it has.
+    What is neither is answered as it is, so that the loader can say what is missing.
+
+    :raises ModelUnavailable: an installed model's description cannot be read.
+    """
+    if named.exists():
+        return named
+    for entry_point in entry_points(group=MODEL_GROUP, name=family):
+        directory: Path = entry_point.load()
+        if read_variant(directory, _Named).name == str(named):
+            return directory
+    return named
 
 
 def read_variant(model: Path, cls: type[Variant]) -> Variant:
@@ -35,3 +57,10 @@ def read_variant(model: Path, cls: type[Variant]) -> Variant:
         return structure(values, cls, path=path.name)
     except (OSError, ValueError, PayloadError) as error:
         raise ModelUnavailable(f"the model's description {path} cannot be used: {error}") from error
+
+
+@frozen(kw_only=True)
+class _Named:
+    """What every model's description may say; the rest is its family's own."""
+
+    name: str = ""

@@ -9,7 +9,7 @@ from typing import Any
 from PIL.Image import Image
 
 from ourvidz_core.engine.pictures import write_png
-from ourvidz_core.engine.variants import read_variant
+from ourvidz_core.engine.variants import find_model, read_variant
 from ourvidz_core.errors import ModelUnavailable, ReferenceUnavailable
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.wire.artifacts import Artifact, Generation
@@ -75,7 +75,7 @@ def choose_model(settings: SdxlSettings, model_variant: str | None) -> Path:
     :raises ModelUnavailable: no model is configured for it, and what to set.
     """
     if model_variant is not None and model_variant in settings.models:
-        return settings.models[model_variant]
+        return find_model(settings.models[model_variant], "sdxl")
     if model_variant is not None and settings.unknown_variant is UnknownVariant.FAIL:
         known = ", ".join(sorted(settings.models)) or "none"
         raise ModelUnavailable(
@@ -87,7 +87,7 @@ def choose_model(settings: SdxlSettings, model_variant: str | None) -> Path:
             "no SDXL model is configured: set OURVIDZ_SDXL_MODEL to a .safetensors checkpoint"
             " or to a directory in the diffusers layout"
         )
-    return settings.model
+    return find_model(settings.model, "sdxl")
 
 
 def _warm(context: JobContext, settings: SdxlSettings, path: Path) -> SdxlPipeline:

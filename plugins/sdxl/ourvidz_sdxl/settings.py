@@ -24,7 +24,8 @@ class SdxlSettings:
     SECTION: ClassVar[str] = "sdxl"
 
     model: Path | None = option(
-        default=None, help="The SDXL model: a .safetensors checkpoint or a directory in the diffusers layout"
+        default=None,
+        help="The SDXL model: a .safetensors checkpoint, a directory in the diffusers layout, or an installed model's name",
     )
     models: dict[str, Path] = option(
         factory=dict,

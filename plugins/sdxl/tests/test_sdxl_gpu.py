@@ -1,0 +1,50 @@
+"""What only a GPU can show: half precision keeps the promises of single precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sdxl_support import TestContext, WarmModels, job, made, pixels
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def on_gpu(new_context: Callable[..., TestContext]) -> TestContext:
+    context = new_context(models=WarmModels())
+    context.device = "cuda"
+    return context
+
+
+@pytest.mark.parametrize("solver", [None, "unipc", "dpm++"])
+def test_image_of_a_batch_is_the_image_of_its_seed_on_the_gpu(on_gpu: TestContext, solver: str | None) -> None:
+    batch = made(job(config={"seed": 40, "num_images": 3, "sample_solver": solver}), on_gpu)
+    single = made(job(config={"seed": 42, "sample_solver": solver}), on_gpu)
+    difference = np.abs(pixels(batch.artifacts[2]) - pixels(single.artifacts[0]))
+    assert single.facts["device"] == "cuda"
+    assert single.facts["dtype"] == "bfloat16"
+    share = float(np.mean(difference <= 1))
+    print(f"{solver}: {share:.4f} of the values within 1, the largest difference is {difference.max()}")
+    assert share >= 0.99
+
+
+def test_closer_reference_is_closer_on_the_gpu(on_gpu: TestContext, reference_png: Path) -> None:
+    config = {"seed": 1, "num_images": 1}
+    distances = []
+    for strength in (0.3, 0.9):
+        asked = job(
+            reference=reference_png,
+            config={**config, "reference_image_url": "https://a.test/r.png", "reference_strength": strength},
+        )
+        distances.append(made(asked, on_gpu).artifacts[0])
+    exact = job(
+        reference=reference_png,
+        config={**config, "reference_image_url": "https://a.test/r.png", "reference_strength": 1.0},
+    )
+    nearest = pixels(made(exact, on_gpu).artifacts[0])
+    far, near = (float(np.abs(pixels(artifact) - nearest).mean()) for artifact in distances)
+    print(f"distance at 0.3: {far:.1f}, at 0.9: {near:.1f}")
+    assert near < far
