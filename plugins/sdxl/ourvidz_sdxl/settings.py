@@ -25,7 +25,7 @@ class SdxlSettings:
 
     model: Path | None = option(
         default=None,
-        help="The SDXL model: a .safetensors checkpoint, a directory in the diffusers layout, or an installed model's name",
+        help="A .safetensors checkpoint, a directory in the diffusers layout, or the name of an installed model",
     )
     models: dict[str, Path] = option(
         factory=dict,
