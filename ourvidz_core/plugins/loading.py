@@ -80,9 +80,11 @@ def _plugin_of(distribution: Distribution, group: str) -> FoundPlugin | None:
     for entry_point in distribution.entry_points:
         if entry_point.group == group:
             # Not distribution.name: it is None where the metadata lacks it, whatever its type says.
-            name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+            metadata = distribution.metadata
             return FoundPlugin(
-                distribution=name or entry_point.name, version=version or "unknown", load=entry_point.load
+                distribution=metadata["Name"] if "Name" in metadata else entry_point.name,
+                version=metadata["Version"] if "Version" in metadata else "unknown",
+                load=entry_point.load,
             )
     return None
 
