@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +40,9 @@ def enhance(prompt: str, is_video: bool, seed: int, as_json: bool) -> int:
         click.echo(f"{'enhanced prompt':<26}{enhancement.prompt or '-'}")
         for name, value in enhancement.facts.items():
             click.echo(f"{name.replace('_', ' '):<26}{value}")
-    return 0 if enhancement.prompt is not None else 1
+    status = 0 if enhancement.prompt is not None else 1
+    _leave_at_once_if_work_is_left(status)
+    return status
 
 
 def _enhance(prompt: str, *, is_video: bool, seed: int, device: str) -> Enhancement:
@@ -53,3 +57,13 @@ def _enhance(prompt: str, *, is_video: bool, seed: int, device: str) -> Enhancem
         )
         content_type = ContentType.VIDEO if is_video else ContentType.IMAGE
         return enhance_prompt(prompt, content_type=content_type, seed=seed, context=context)
+
+
+def _leave_at_once_if_work_is_left(status: int) -> None:
+    from ourvidz_wan_enhanced.effort import is_work_left
+
+    if is_work_left():
+        # Python's own end would pull the interpreter from under a thread inside torch, which aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -93,3 +93,8 @@ def finish_in_time(effort: Effort, work: Callable[[], Result], on_wait: Callable
     if thread.error is not None:
         raise WorkFailed(f"{type(thread.error).__name__}: {thread.error}") from thread.error
     return thread.results[0]
+
+
+def is_work_left() -> bool:
+    """Whether work that nobody waits for is still going on."""
+    return any(isinstance(thread, _Work) for thread in threading.enumerate())

@@ -83,6 +83,6 @@ JOB_TYPES = (
         expected_seconds=240,
         timeout_seconds=1320,
         description="a five-second WAN video of an enhanced prompt, 50 steps",
-        sample={"prompt": "a sailing boat rounds a lighthouse at sunset", "config": {"seed": 42}},
+        sample={"prompt": "a small boat crosses a calm lake at dawn", "config": {"seed": 42}},
     ),
 )

@@ -169,6 +169,8 @@ def load_writer(directory: Path, *, device: str = "cpu") -> LocalWriter:
             local_files_only=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if "CUDA" in str(error):  # the device's fault, not the file's
+            raise
         raise ModelUnavailable(f"the language model in {directory} cannot be used: {error}") from error
     if tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False)) != _PROBE:
         # Where its files are missing, transformers makes one without a vocabulary.

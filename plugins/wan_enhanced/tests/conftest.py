@@ -37,7 +37,7 @@ def tiny_qwen() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def qwen_dir(tiny_qwen: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that chats and has one good answer."""
+    """A model that chats: it repeats a prompt and adds a light and a movement."""
     directory = tmp_path_factory.mktemp("qwen") / "tiny-qwen"
     tiny_qwen.save(directory)
     return directory
@@ -45,7 +45,7 @@ def qwen_dir(tiny_qwen: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def base_dir(tiny_qwen: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model with the same answer, that would go on for ever."""
+    """A base model that does the same, and would go on with the next idea."""
     directory = tmp_path_factory.mktemp("qwen") / "tiny-qwen-base"
     tiny_qwen.save(directory, "base")
     return directory
@@ -55,7 +55,7 @@ def base_dir(tiny_qwen: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 def babbling_dir(tiny_qwen: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that was taught nothing."""
     directory = tmp_path_factory.mktemp("qwen") / "babbling"
-    tiny_qwen.save(directory, says=None)
+    tiny_qwen.save(directory, is_random=True)
     return directory
 
 
@@ -63,7 +63,7 @@ def babbling_dir(tiny_qwen: ModuleType, tmp_path_factory: pytest.TempPathFactory
 def endless_dir(tiny_qwen: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that says words and never ends a sentence."""
     directory = tmp_path_factory.mktemp("qwen") / "endless"
-    tiny_qwen.save(directory, says=tiny_qwen.SENTENCE.rstrip("."), is_endless=True)
+    tiny_qwen.save(directory, addition=tiny_qwen.ADDITION.rstrip("."), is_endless=True)
     return directory
 
 

@@ -93,16 +93,17 @@ def test_the_system_message_comes_before_the_users(writer):
 
 
 def test_a_chat_ends_with_its_turn_and_a_base_model_with_its_paragraph(writer, base_writer, task, tiny_qwen):
+    prompt = "a small boat crosses a calm lake at dawn"
     for one in (writer, base_writer):
-        draft = one.write(task(), Effort(30.0))
-        assert draft.text.strip() == tiny_qwen.SENTENCE
+        draft = one.write(task(prompt=prompt), Effort(30.0))
+        assert draft.text.strip() == prompt + tiny_qwen.ADDITION
         assert draft.is_finished
 
 
 def test_a_model_that_never_ends_is_ended_by_its_budget(endless_dir, task):
     draft = load_writer(endless_dir).write(task(max_tokens=100), Effort(30.0))
     assert (draft.tokens, draft.is_finished) == (100, False)
-    assert draft.text.count("lighthouse") == 3
+    assert draft.text.count("soft evening light") > 50
 
 
 def test_the_same_seed_makes_the_same_text_and_another_another(babbler, task):
@@ -162,8 +163,8 @@ def test_the_clock_is_looked_at_with_every_token(babbler, task, tiny_qwen):
     started, effort = time.monotonic(), Effort(0.45)
     with pytest.raises(DeadlinePassed):
         slow.write(task(), effort)
-    assert time.monotonic() - started < 0.45 + 0.25
-    assert 3 <= effort.tokens <= 6
+    assert time.monotonic() - started < 0.45 + 0.5
+    assert 1 <= effort.tokens <= 5
 
 
 def test_a_model_that_is_still_busy_is_not_used_twice_at_once(babbler, task):

@@ -104,7 +104,7 @@ def test_the_enhanced_prompt_reaches_the_file_and_the_callback(path, drained, ti
     job_id = f"{path.stem}-first"
     message, body = messages[job_id], callbacks[job_id]
     assert body["status"] == "completed", body
-    assert body["enhancedPrompt"] == tiny_qwen.SENTENCE
+    assert body["enhancedPrompt"] == message["prompt"] + tiny_qwen.ADDITION
     facts = body["metadata"]
     assert facts["enhancement"] == "applied"
     assert facts["enhancement_model"] == "tiny-qwen"
@@ -123,7 +123,7 @@ def test_the_enhanced_prompt_reaches_the_file_and_the_callback(path, drained, ti
     file.write_bytes(stored.body)
     written = (read_video_facts if is_video else read_picture_facts)(file)
     # What wan_generate was told as --prompt, and what its user wrote.
-    assert written["prompt"] == tiny_qwen.SENTENCE
+    assert written["prompt"] == body["enhancedPrompt"]
     assert written["original_prompt"] == message["prompt"]
     assert (written["enhancement"], written["enhancement_model"]) == ("applied", "tiny-qwen")
     assert message["prompt"] not in log
@@ -138,13 +138,18 @@ def test_twice_makes_the_same_text_and_the_same_file(path, drained):
     assert objects[path.stem, first["assets"][0]].body == objects[path.stem, again["assets"][0]].body
 
 
-def test_a_job_that_fails_by_policy_says_so(environ, tmp_path):
-    message = {**json.loads(EXAMPLES[0].read_text("utf-8")), "id": "job-1", "prompt": "two foxes in snow"}
+def test_a_job_that_fails_by_policy_says_so(environ, endless_dir, tmp_path):
+    message = {**json.loads(EXAMPLES[0].read_text("utf-8")), "id": "job-1"}
     job = tmp_path / "job.json"
     job.write_text(json.dumps(message))
     run = subprocess.run(
         [sys.executable, "-m", "ourvidz_core", "run", "--json", str(job)],
-        env={**environ, "OURVIDZ_ENHANCER_POLICY": "fail", "OURVIDZ_STATE_DIR": str(tmp_path / "state")},
+        env={
+            **environ,
+            "OURVIDZ_ENHANCER_MODEL": str(endless_dir),
+            "OURVIDZ_ENHANCER_POLICY": "fail",
+            "OURVIDZ_STATE_DIR": str(tmp_path / "state"),
+        },
         capture_output=True,
         timeout=100,
         check=False,
@@ -153,9 +158,8 @@ def test_a_job_that_fails_by_policy_says_so(environ, tmp_path):
     callback = json.loads(run.stdout)["callback"]
     assert callback["status"] == "failed"
     assert callback["metadata"]["error_type"] == "EnhancementFailed"
-    # The small model has one answer, and it shows no foxes.
-    assert callback["metadata"]["enhancement"] == "failed (it keeps 0 of the prompt's 3 key words)"
-    assert callback["metadata"]["enhancement_model"] == "tiny-qwen"
+    assert callback["metadata"]["enhancement"] == "failed (the text did not end within 256 tokens)"
+    assert callback["metadata"]["enhancement_model"] == "endless"
     assert "enhancedPrompt" not in callback
 
 
@@ -170,15 +174,15 @@ def test_the_command_line_shows_what_would_become_of_a_prompt(environ, tiny_qwen
     )
     assert run.returncode == 0, run.stderr.decode()
     shown = json.loads(run.stdout)
-    assert (shown["prompt"], shown["enhanced_prompt"]) == (prompt, tiny_qwen.SENTENCE)
+    assert (shown["prompt"], shown["enhanced_prompt"]) == (prompt, prompt + tiny_qwen.ADDITION)
     assert shown["enhancement"] == "applied"
 
 
-def test_the_command_line_shows_why_a_prompt_stays_as_it_is(qwen_dir):
+def test_the_command_line_shows_why_a_prompt_stays_as_it_is(endless_dir):
     from click.testing import CliRunner
     from ourvidz_wan_enhanced.cli import enhance
 
-    environ = {"OURVIDZ_ENHANCER_MODEL": str(qwen_dir), "OURVIDZ_DEVICE": "cpu"}
+    environ = {"OURVIDZ_ENHANCER_MODEL": str(endless_dir), "OURVIDZ_DEVICE": "cpu"}
     result = CliRunner().invoke(enhance, ["a fox", "--image"], env=environ, standalone_mode=False)
     assert result.return_value == 1
-    assert "failed (it keeps 0 of the prompt's 1 key words)" in result.output
+    assert "failed (the text did not end within 256 tokens)" in result.output
