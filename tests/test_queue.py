@@ -349,6 +349,14 @@ def test_a_waiting_job_that_is_cancelled_leaves_the_queue_at_once_and_belongs_to
     assert take(queue) is None
 
 
+def test_a_job_whose_canceller_died_is_reported_by_the_next_to_take_it(queue: Queue) -> None:
+    queue.push(SDXL, message("a"))
+    queue.cancel(SDXL, "a", worker="person", lease=LEASE)
+    time.sleep(LEASE * 1.2)
+    recover(queue)
+    assert take(queue).is_cancelled
+
+
 def test_a_job_that_waits_for_another_try_can_be_cancelled(queue: Queue) -> None:
     queue.push(SDXL, message("a"))
     queue.hand_back(take(queue), delay=LEASE, reason="storage was down")

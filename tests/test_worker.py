@@ -145,6 +145,50 @@ def test_a_job_that_hangs_is_stopped_at_its_deadline(fleet: ToyFleet) -> None:
     assert fleet.last("good")["status"] == "completed"
 
 
+def test_a_job_that_stops_counting_its_steps_is_stopped_before_its_deadline(fleet: Fleet) -> None:
+    fleet.push("stalled", what="stall")
+    fleet.drain(OURVIDZ_STALL_SECONDS="0.5", OURVIDZ_MAX_ATTEMPTS="2")
+    body = fleet.last("stalled")
+    assert (body["metadata"]["error_type"], body["metadata"]["attempts"]) == ("EngineStalled", 2)
+
+
+def test_a_cancelled_job_that_listens_to_nobody_is_off_the_engine_within_two_seconds(fleet: Fleet) -> None:
+    fleet.push("deaf", what="hang")
+    fleet.push("next")
+    worker = fleet.start()
+    fleet.wait_for(lambda: fleet.is_generating(worker))
+    time.sleep(0.5)
+    engine = fleet.engine_of(worker)
+    fleet.client.sadd("{toy_queue}:cancel", "deaf")
+    asked_at = time.monotonic()
+    fleet.wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
+    assert time.monotonic() - asked_at < 2.0
+    fleet.wait_for(lambda: len(fleet.callbacks("deaf")) == 2 and len(fleet.callbacks("next")) == 2)
+    assert fleet.last("deaf")["metadata"]["error_type"] == "JobCancelled"
+    assert fleet.last("next")["status"] == "completed"
+    assert worker.poll() is None
+
+
+def test_a_worker_ends_in_its_grace_time_although_redis_is_gone_and_the_next_tells_what_it_made(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    server = EmbeddedRedis(tmp_path / "own-redis")
+    with redis.Redis.from_url(server.address) as client:
+        message = {"id": "a", "type": "toy_image", "prompt": "", "user_id": "u"}
+        client.lpush(QUEUE, json.dumps({**message, "config": {"what": "sleep", "seconds": 1.0}}))
+        worker = fleet.start(REDIS_URL=server.address, OURVIDZ_DRAIN_SECONDS="2", OURVIDZ_LEASE_SECONDS="60")
+        fleet.wait_for(lambda: fleet.is_generating(worker))
+        server.close()
+        fleet.wait_for(lambda: fleet.supabase.objects)
+        worker.terminate()
+        assert worker.wait(timeout=15) == 0
+        again = EmbeddedRedis(tmp_path / "own-redis")
+        fleet.drain(REDIS_URL=again.address)
+        assert [body["status"] for body in fleet.callbacks("a")] == ["processing", "completed"]
+        assert fleet.last("a")["metadata"]["attempts"] == 1
+        again.close()
+
+
 def test_an_engine_killed_in_mid_generation_costs_a_retry_and_nothing_more(fleet: ToyFleet) -> None:
     fleet.push("long", what="sleep", seconds=2.0)
     fleet.push("next")

@@ -30,6 +30,9 @@ def generate(job, context):
             time.sleep(0.05)
     elif what == "hang":
         time.sleep(3600)
+    elif what == "stall":
+        context.progress(1, 2)
+        time.sleep(3600)
     elif what == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif what == "exit":

@@ -17,6 +17,7 @@ import ourvidz_core
 from ourvidz_core.cli.demo import demo
 from ourvidz_core.cli.inspect import job_types, plugins
 from ourvidz_core.cli.jobs import enqueue, run
+from ourvidz_core.cli.queue import cancel, queue
 from ourvidz_core.cli.serve import worker
 from ourvidz_core.errors import JobError, OurVidzError, PluginError, QueueError, SettingsError
 
@@ -67,7 +68,7 @@ def cli(context: click.Context, log_level: str | None) -> None:
     context.obj = {"log_level": log_level}
 
 
-for _command in (run, enqueue, worker, job_types, plugins, demo):
+for _command in (run, enqueue, worker, job_types, plugins, demo, queue, cancel):
     cli.add_command(_command)
 
 

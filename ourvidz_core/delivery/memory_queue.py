@@ -177,6 +177,7 @@ class MemoryQueue:
                     return Cancellation(state=CancelState.ABSENT)
                 books.waiting.remove(raw)
                 held = self._begin(queue, key, raw, worker)
+            books.cancelled.add(key)
             return Cancellation(state=CancelState.TAKEN, claim=self._take(books, held, worker, lease))
 
     def take_callbacks(

@@ -9,12 +9,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import ourvidz_core
-from ourvidz_core.errors import JobError, MetadataClash
+from ourvidz_core.errors import JobError, MetadataClash, PayloadError
 from ourvidz_core.plugins.registry import OwnedJobType
 from ourvidz_core.wire.artifacts import Asset, FinishedGeneration
 from ourvidz_core.wire.callbacks import Callback, JobStatus
+from ourvidz_core.wire.job_types import NAME_PATTERN
 from ourvidz_core.wire.jobs import Job
-from ourvidz_core.wire.payloads import shown
+from ourvidz_core.wire.payloads import decode_message, job_id_of, shown
 
 
 def processing_report(job: Job, attempts: Mapping[str, Any]) -> Callback:
@@ -93,6 +94,21 @@ def failed_report(
             **attempts,
         },
     )
+
+
+def unrun_report(raw: bytes, error: JobError, *, attempts: Mapping[str, Any]) -> Callback | None:
+    """The callback of a message that nobody parsed; None where it has no id that a callback could name."""
+    try:
+        message = decode_message(raw)
+        job_id = job_id_of(message)
+    except PayloadError:
+        return None
+    if job_id is None:
+        return None
+    job_type = message.get("type")
+    # Other text is kept out of the metadata.
+    known_type = job_type if isinstance(job_type, str) and NAME_PATTERN.fullmatch(job_type) else None
+    return failed_report(job_id, error, job_type=known_type, job=None, attempts=attempts)
 
 
 def attempt_facts(attempt: int, reasons: Sequence[str], token: int | None = None) -> dict[str, Any]:

@@ -38,9 +38,8 @@ from ourvidz_core.settings import Settings
 from ourvidz_core.wire import events
 from ourvidz_core.wire.callbacks import Callback
 from ourvidz_core.wire.jobs import Job
-from ourvidz_core.wire.payloads import decode_message, job_id_of
 from ourvidz_core.worker.dispatcher import CallbackDispatcher
-from ourvidz_core.worker.reports import attempt_facts, failed_report, processing_report
+from ourvidz_core.worker.reports import attempt_facts, processing_report, unrun_report
 from ourvidz_core.worker.runner import JobRunner, Outcome, Watch
 from ourvidz_core.worker.slot import EngineSlot
 from ourvidz_core.worker.workspace import Workspace
@@ -468,27 +467,13 @@ class Worker:
 
     def _end_unrun(self, claim: Claim, error: JobError) -> None:
         """Report a job that shall not run as failed."""
-        try:
-            message = decode_message(claim.raw)
-            job_id = job_id_of(message)
-            job_type = message.get("type")
-        except PayloadError:
-            job_id = job_type = None
-        callback = None
-        if job_id is not None:
-            callback = failed_report(
-                job_id,
-                error,
-                job_type=job_type if isinstance(job_type, str) else None,
-                job=None,
-                attempts=_attempt_facts(claim),
-            )
+        callback = unrun_report(claim.raw, error, attempts=_attempt_facts(claim))
         self._finish(
             _Active(claim=claim, watch=Watch()),
             Outcome(
                 callback=callback,
-                job_id=job_id,
-                job_type=job_type if isinstance(job_type, str) else None,
+                job_id=callback.job_id if callback else None,
+                job_type=callback.metadata.get("job_type") if callback else None,
                 error=error,
             ),
         )

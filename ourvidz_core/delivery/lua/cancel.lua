@@ -8,9 +8,15 @@ local id, worker, lease_ms, start, count, side = unpack(ARGV)
 start, count = tonumber(start), tonumber(count)
 local keys = {lease = lease, job = job, meta = meta_key, fence = fence}
 
+-- The mark stays until the caller has reported it: if the caller dies, the next to take the job does that.
+local function take_out(message, known)
+  redis.call('ZADD', cancelled, now_ms(), id)
+  return {'taken', id, message, cjson.encode(take(keys, id, message, known, worker, tonumber(lease_ms)))}
+end
+
 local meta, raw = read_meta(meta_key, id), redis.call('HGET', job, id)
 if meta and raw and redis.call('ZREM', retry, id) == 1 then
-  return {'taken', id, raw, cjson.encode(take(keys, id, raw, meta, worker, tonumber(lease_ms)))}
+  return take_out(raw, meta)
 end
 if meta then
   redis.call('ZADD', cancelled, now_ms(), id)
@@ -29,7 +35,7 @@ end
 for _, message in ipairs(part) do
   -- Looking for the text first is a hundred times cheaper than reading every message.
   if string.find(message, id, 1, true) and id_of(message) == id then
-    local answer = {'taken', id, message, cjson.encode(take(keys, id, message, {}, worker, tonumber(lease_ms)))}
+    local answer = take_out(message, {})
     redis.call('LREM', queue, 1, message)
     return answer
   end

@@ -1,0 +1,383 @@
+"""The worker's decisions, in this process: a queue in memory, an engine that does as told, time that is short."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+from ourvidz_core.delivery.callbacks import RecordingCallbacks
+from ourvidz_core.delivery.memory_queue import MemoryQueue
+from ourvidz_core.delivery.queue import Claim, FinishAnswer, QueuedCallback
+from ourvidz_core.delivery.spool import DirectorySpool, Ending
+from ourvidz_core.errors import (
+    CallbackUndelivered,
+    EngineCrashed,
+    JobCancelled,
+    JobError,
+    OutOfMemory,
+    QueueUnavailable,
+)
+from ourvidz_core.settings import Settings
+from ourvidz_core.testing.host import PluginHost, plugin_of
+from ourvidz_core.wire.artifacts import FinishedGeneration
+from ourvidz_core.wire.jobs import Job
+from ourvidz_core.worker.slot import EngineSlot
+from ourvidz_core.worker.worker import Until, Worker, WorkerParts
+
+QUEUE = "acme_queue"
+ACME = """
+from ourvidz_core import JobType, hookimpl
+
+@hookimpl
+def register_job_types():
+    yield JobType(name="acme", queue="acme_queue", content_type="image", timeout_seconds=5)
+"""
+
+
+@attrs.define
+class ScriptedEngine:
+    """Each call raises the next of ``errors``; where there is none, it waits until it is cancelled."""
+
+    errors: list[JobError]
+    calls: int = 0
+    started: threading.Event = attrs.field(factory=threading.Event)
+
+    def run(self, job: Job, *, cancelled: threading.Event, **_: object) -> FinishedGeneration:
+        self.calls += 1
+        self.started.set()
+        if self.errors:
+            raise self.errors.pop(0)
+        assert cancelled.wait(10), "nobody cancelled the job"
+        raise JobCancelled("the job was cancelled while it was running")
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class AbsentQueue(MemoryQueue):
+    """A queue that can be made unreachable, and that counts what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_away = False
+        self.renewals = 0
+
+    def finish(self, *arguments: object, **options: object) -> FinishAnswer:
+        if self.is_away:
+            raise QueueUnavailable("Redis does not answer")
+        return super().finish(*arguments, **options)
+
+    def renew(self, claim: Claim, *, lease: float) -> bool:
+        self.renewals += 1
+        return super().renew(claim, lease=lease)
+
+
+@attrs.define
+class Bench:
+    """A worker that runs in a thread, and what it works with."""
+
+    queue: AbsentQueue
+    callbacks: RecordingCallbacks
+    engine: ScriptedEngine
+    worker: Worker
+    thread: threading.Thread
+
+    def push(self, job_id: str) -> None:
+        self.queue.push(QUEUE, message(job_id))
+
+    def reports(self, job_id: str) -> list[dict]:
+        bodies = [json.loads(sent.body) for sent in self.callbacks.accepted]
+        return [body for body in bodies if body["job_id"] == job_id]
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def message(job_id: str) -> bytes:
+    return json.dumps({"id": job_id, "type": "acme", "prompt": "", "user_id": "u"}).encode()
+
+
+@pytest.fixture
+def bench_of(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+    with contextlib.ExitStack() as stack:
+
+        def make(
+            *errors: JobError, answers: tuple[object, ...] = (), until: Until = Until.STOPPED, **settings: object
+        ) -> Bench:
+            engine = ScriptedEngine(list(errors))
+            host = stack.enter_context(
+                PluginHost(
+                    tmp_path / f"host-{len(made)}",
+                    plugin_of(ACME),
+                    settings=Settings(
+                        device="cpu",
+                        state_dir=tmp_path,
+                        worker_name="w",
+                        **{
+                            "lease_seconds": 0.6,
+                            "retry_delay_seconds": 0.0,
+                            "callback_min_age_seconds": 0.0,
+                            "callback_retry_seconds": 0.01,
+                            "min_free_disk_mb": 0.0,
+                            **settings,
+                        },
+                    ),
+                    engine=(slot := EngineSlot(engine)),
+                )
+            )
+            queue, callbacks = AbsentQueue(), RecordingCallbacks(answers)
+            parts = WorkerParts(
+                queue=queue,
+                callbacks=callbacks,
+                runner=host.runner,
+                slot=slot,
+                registry=host.registry,
+                workspace=host.workspace,
+                settings=host.settings,
+                spool=stack.enter_context(contextlib.closing(DirectorySpool(tmp_path / "spool"))),
+            )
+            worker = Worker(parts, [QUEUE])
+            thread = threading.Thread(target=worker.run, args=[until], daemon=True)
+            made.append(Bench(queue=queue, callbacks=callbacks, engine=engine, worker=worker, thread=thread))
+            return made[-1]
+
+        yield make
+        for bench in made:
+            bench.worker.stop()
+            bench.worker.stop()
+            if bench.thread.ident is not None:
+                bench.thread.join(10)
+                assert not bench.thread.is_alive()
+
+
+def test_a_job_that_lacks_memory_gets_one_more_try(bench_of: Callable[..., Bench]) -> None:
+    bench = bench_of(OutOfMemory("too little"), OutOfMemory("too little"), until=Until.DRAINED, max_attempts=5)
+    bench.push("big")
+    bench.thread.start()
+    bench.thread.join(10)
+    report = bench.reports("big")[-1]
+    assert (report["status"], report["metadata"]["error_type"], report["metadata"]["attempts"]) == (
+        "failed",
+        "OutOfMemory",
+        2,
+    )
+    assert bench.engine.calls == 2
+
+
+def test_attempts_reasons_and_the_token_are_reported(bench_of: Callable[..., Bench]) -> None:
+    bench = bench_of(EngineCrashed("first"), EngineCrashed("second"), until=Until.DRAINED, max_attempts=2)
+    bench.push("a")
+    bench.thread.start()
+    bench.thread.join(10)
+    processing, failed = bench.reports("a")
+    assert (processing["status"], processing["metadata"]["fencing_token"]) == ("processing", 1)
+    assert failed["metadata"]["fencing_token"] == 2
+    assert failed["metadata"]["attempt_reasons"] == ["EngineCrashed: first"]
+
+
+def test_a_running_job_that_a_producer_cancels_is_reported_once_and_gone(bench_of: Callable[..., Bench]) -> None:
+    bench = bench_of()
+    bench.push("a")
+    bench.thread.start()
+    assert bench.engine.started.wait(5)
+    bench.queue.request_cancel(QUEUE, "a")
+    asked_at = time.monotonic()
+    bench.wait_for(lambda: len(bench.reports("a")) == 2)
+    assert time.monotonic() - asked_at < 2.0
+    report = bench.reports("a")[-1]
+    assert (report["status"], report["metadata"]["error_type"]) == ("failed", "JobCancelled")
+    bench.push("a")
+    time.sleep(0.5)
+    assert bench.engine.calls == 1
+    assert len(bench.reports("a")) == 2
+
+
+def test_a_queued_job_that_a_producer_cancels_does_not_wait_for_its_turn(bench_of: Callable[..., Bench]) -> None:
+    bench = bench_of()
+    bench.push("long")
+    bench.push("queued")
+    bench.thread.start()
+    assert bench.engine.started.wait(5)
+    bench.queue.request_cancel(QUEUE, "queued")
+    bench.wait_for(lambda: bench.reports("queued"), 2.0)
+    (report,) = bench.reports("queued")
+    assert (report["status"], report["metadata"]["error_type"]) == ("failed", "JobCancelled")
+    assert [body["status"] for body in bench.reports("long")] == ["processing"]
+
+
+def test_a_job_that_was_cancelled_before_it_is_claimed_is_reported_and_never_runs(
+    bench_of: Callable[..., Bench],
+) -> None:
+    bench = bench_of()
+    bench.queue.request_cancel(QUEUE, "a")
+    bench.push("a")
+    bench.thread.start()
+    bench.wait_for(lambda: bench.reports("a"))
+    assert [body["status"] for body in bench.reports("a")] == ["failed"]
+    assert bench.engine.calls == 0
+
+
+def test_processing_is_over_before_a_terminal_report_goes_out_however_slow_the_endpoint(
+    bench_of: Callable[..., Bench],
+) -> None:
+    bench = bench_of(JobCancelled("by the plugin"), until=Until.DRAINED)
+    order: list[str] = []
+    send = RecordingCallbacks.send
+
+    class Hanging(RecordingCallbacks):
+        def send(self, callback_id: str, job_id: str, body: bytes) -> None:
+            status = json.loads(body)["status"]
+            order.append(f"{status} begins")
+            if status == "processing":
+                time.sleep(0.5)
+                order.append("processing fails")
+                raise CallbackUndelivered("no answer")
+            send(self, callback_id, job_id, body)
+
+    bench.worker._parts = attrs.evolve(bench.worker._parts, callbacks=(hanging := Hanging()))
+    bench.worker._dispatcher._client = hanging
+    bench.push("a")
+    bench.thread.start()
+    bench.thread.join(10)
+    assert order == ["processing begins", "processing fails", "failed begins"]
+
+
+def test_a_job_that_does_not_get_on_for_longer_than_any_may_loses_its_lease(bench_of: Callable[..., Bench]) -> None:
+    bench = bench_of()
+    bench.worker._longest_silence = 0.5
+    bench.push("stuck")
+    bench.thread.start()
+    bench.wait_for(lambda: bench.queue.renewals >= 1)
+    time.sleep(0.7)
+    renewals = bench.queue.renewals
+    time.sleep(0.5)
+    assert bench.queue.renewals == renewals
+    # Its own reaper puts it back; the next to take it fences the thread that is stuck.
+    bench.wait_for(lambda: bench.queue.claim((QUEUE,), worker="other", lease=60))
+
+
+def test_an_outcome_waits_in_the_spool_while_the_queue_is_away_and_the_worker_can_end(
+    bench_of: Callable[..., Bench], tmp_path: Path
+) -> None:
+    bench = bench_of(EngineCrashed("it died"), max_attempts=1)
+    bench.queue.is_away = True
+    bench.push("a")
+    bench.thread.start()
+    bench.wait_for(lambda: bench.engine.calls and any((tmp_path / "spool").glob("*.jsonl")))
+    bench.wait_for(lambda: [path for path in (tmp_path / "spool").glob("*.jsonl") if path.stat().st_size])
+    bench.worker.stop()
+    bench.worker.stop()
+    bench.thread.join(10)
+    assert not bench.thread.is_alive()
+    bench.worker._parts.spool.close()
+
+    bench.queue.is_away = False
+    later = DirectorySpool(tmp_path / "spool")
+    later.replay(bench.queue)
+    later.close()
+    ((callback,), _) = bench.queue.take_callbacks((QUEUE,), limit=5, hold=10)
+    assert json.loads(callback.body)["metadata"]["error_type"] == "EngineCrashed"
+    assert bench.queue.depth(QUEUE).in_flight == 0
+    assert not list((tmp_path / "spool").glob("*.jsonl"))
+
+
+# -- the spool
+
+
+def ending(queue: MemoryQueue, job_id: str) -> Ending:
+    queue.push(QUEUE, message(job_id))
+    claim = queue.claim((QUEUE,), worker="w", lease=60)
+    callback = QueuedCallback(queue=QUEUE, callback_id=f"{job_id}-1", job_id=job_id, body=b'{"job_id":"\xc3\xa4"}')
+    return Ending(claim=claim, is_final=True, callback=callback)
+
+
+def test_an_ending_that_the_queue_has_leaves_nothing(tmp_path: Path) -> None:
+    queue, spool = MemoryQueue(), DirectorySpool(tmp_path)
+    one = ending(queue, "a")
+    spool.keep(one)
+    (file,) = tmp_path.glob("*.jsonl")
+    assert file.stat().st_size > 0
+    assert file.stat().st_mode & 0o077 == 0
+    spool.forget(one)
+    assert file.stat().st_size == 0
+    spool.close()
+    assert not file.exists()
+
+
+def test_a_living_workers_spool_is_left_alone(tmp_path: Path) -> None:
+    queue, living = MemoryQueue(), DirectorySpool(tmp_path)
+    living.keep(ending(queue, "a"))
+    other = DirectorySpool(tmp_path)
+    other.replay(queue)
+    assert queue.depth(QUEUE).in_flight == 1
+    living.close()
+    other.replay(queue)
+    assert queue.depth(QUEUE).in_flight == 0
+    other.close()
+
+
+def test_an_ending_is_told_twice_without_harm_and_never_over_another_workers(tmp_path: Path) -> None:
+    queue, spool = MemoryQueue(), DirectorySpool(tmp_path)
+    told, fenced = ending(queue, "told"), ending(queue, "fenced")
+    spool.keep(told)
+    spool.keep(fenced)
+    told.tell(queue)
+    queue.hand_back(fenced.claim, delay=0)
+    queue.claim((QUEUE,), worker="other", lease=60)
+    spool.close()
+    later = DirectorySpool(tmp_path)
+    later.replay(queue)
+    later.close()
+    assert [callback.job_id for callback in queue.waiting_callbacks(QUEUE)] == ["told"]
+    assert queue.depth(QUEUE).in_flight == 1
+
+
+def test_a_line_that_a_crash_cut_is_dropped_and_the_others_count(tmp_path: Path) -> None:
+    queue, spool = MemoryQueue(), DirectorySpool(tmp_path)
+    spool.keep(ending(queue, "whole"))
+    spool.close()
+    (file,) = tmp_path.glob("*.jsonl")
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[: len(whole) // 2])
+    later = DirectorySpool(tmp_path)
+    later.replay(queue)
+    later.close()
+    assert queue.depth(QUEUE).in_flight == 0
+
+
+def test_a_spool_stays_as_it_is_while_the_queue_is_away(tmp_path: Path) -> None:
+    queue, spool = AbsentQueue(), DirectorySpool(tmp_path)
+    spool.keep(ending(queue, "a"))
+    spool.close()
+    queue.is_away = True
+    later = DirectorySpool(tmp_path)
+    with pytest.raises(QueueUnavailable):
+        later.replay(queue)
+    queue.is_away = False
+    later.replay(queue)
+    later.close()
+    assert queue.depth(QUEUE).in_flight == 0
+
+
+def test_a_disk_that_takes_nothing_does_not_keep_the_outcome_from_the_queue(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue, spool = MemoryQueue(), DirectorySpool(tmp_path)
+    one = ending(queue, "a")
+    spool._file.close()
+    spool._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    spool.keep(one)
+    assert "not in the spool" in caplog.text
+    assert one.tell(queue) is FinishAnswer.DONE
+    spool.close()
