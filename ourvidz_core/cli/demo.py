@@ -34,7 +34,7 @@ _USER = "11111111-1111-4111-8111-111111111111"
 @click.option(
     "--messages",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Directory of messages, *.json; the job types' own samples unless said.",
+    help="Directory of messages, *.json, and their references; the job types' own samples unless said.",
 )
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-output"), help="Where results go."
@@ -50,7 +50,7 @@ def demo(messages: Path | None, out: Path, as_json: bool) -> int:
     chosen = list(_from_files(registry, messages) if messages else _samples(registry.job_types))
     if not chosen:
         raise SettingsError("there is no message for any installed job type; ourvidz plugins list shows what is there")
-    results = _work(registry, out, chosen)
+    results = _work(registry, out, chosen, messages / "references" if messages else None)
     sheet, page = out / "contact-sheet.png", out / "index.html"
     draw_sheet(results, sheet)
     write_page(results, page)
@@ -90,14 +90,16 @@ def _samples(job_types: Iterable[JobType]) -> Iterable[tuple[str, dict[str, Any]
         yield job_type.name, {"prompt": "", **job_type.sample, "type": job_type.name}
 
 
-def _work(registry: Registry, out: Path, messages: list[tuple[str, dict[str, Any]]]) -> list[DemoResult]:
+def _work(
+    registry: Registry, out: Path, messages: list[tuple[str, dict[str, Any]]], references: Path | None
+) -> list[DemoResult]:
     from ourvidz_core.cli.wiring import make_queue
     from ourvidz_core.settings import load
     from ourvidz_core.testing.servers import FileServer
 
     out.mkdir(parents=True, exist_ok=True)
     paths = {path for _, message in messages for path in _example_paths(message)}
-    pictures = {path: _reference_png(number) for number, path in enumerate(sorted(paths))}
+    pictures = {path: _reference(path, number, references) for number, path in enumerate(sorted(paths))}
     with FileServer(pictures) as server:
         environ = {
             **{name: value for name, value in os.environ.items() if name not in _SERVICES},
@@ -182,7 +184,13 @@ _REFERENCE_COLOURS = (
 )
 
 
-def _reference_png(number: int) -> bytes:
+def _reference(path: str, number: int, directory: Path | None) -> bytes:
+    """The file of that name beside the messages; a drawn one where there is none."""
+    file = directory / path.rpartition("/")[2] if directory else None
+    return file.read_bytes() if file and file.is_file() else _drawn_reference(number)
+
+
+def _drawn_reference(number: int) -> bytes:
     """A disc at a place of its own, that one can recognise in a result."""
     import io
 
