@@ -16,16 +16,20 @@ from typing import Any, get_type_hints
 
 import attrs
 import click
+from ourvidz_sdxl.settings import SdxlSettings
+from ourvidz_wan.config import WanSettings
 
 import ourvidz_core.errors
 from ourvidz_core.cli.main import cli
 from ourvidz_core.plugins import hookspecs
-from ourvidz_core.settings import WELL_KNOWN_NAMES, Settings, load, variable_of
+from ourvidz_core.settings import WELL_KNOWN_NAMES, Settings, load, load_section, variable_of
 
 DOCS = Path(__file__).parent
 REFERENCE = DOCS / "reference"
 _NOTE = "<!-- Made by docs/generate.py from the code. Change the code, then run `make docs`. -->\n\n"
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+#: The settings of the plugins in this repository; another plugin documents its own.
+PLUGIN_SECTIONS: tuple[Any, ...] = (SdxlSettings, WanSettings)
 _OF_THIS_MACHINE = {
     "state_dir": "the user's state directory",
     "work_dir": "in the system's temporary directory",
@@ -34,21 +38,27 @@ _OF_THIS_MACHINE = {
 
 
 def settings_page() -> str:
-    """A table of all settings."""
-    lines = [
-        "# Settings\n",
-        (inspect.getdoc(ourvidz_core.settings) or "") + "\n",
-        "| variable | default | meaning |",
-        "|---|---|---|",
-    ]
-    defaults = load({})
-    for field in attrs.fields(Settings):
-        names = [variable_of(field.name)]
-        if field.name in WELL_KNOWN_NAMES:
+    """A table of all settings, and one for each plugin of this repository."""
+    parts = ["# Settings\n", (inspect.getdoc(ourvidz_core.settings) or "") + "\n", _settings_table(Settings, load({}))]
+    for section in PLUGIN_SECTIONS:
+        name = section.SECTION
+        parts += [
+            f"\n## ourvidz-{name.replace('_', '-')}\n",
+            f"{inspect.getdoc(section)}\n",
+            _settings_table(section, load_section(section, {}), name),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def _settings_table(cls: Any, defaults: object, section: str = "") -> str:
+    lines = ["| variable | default | meaning |", "|---|---|---|"]
+    for field in attrs.fields(cls):
+        names = [variable_of(field.name, section)]
+        if not section and field.name in WELL_KNOWN_NAMES:
             names.append(WELL_KNOWN_NAMES[field.name])
         shown = " or ".join(f"`{name}`" for name in names)
-        lines.append(f"| {shown} | {_default(field.name, getattr(defaults, field.name))} | {_help(field)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {shown} | {_default(field.name, getattr(defaults, field.name))} | {_help(field, cls)} |")
+    return "\n".join(lines)
 
 
 def cli_page() -> str:
@@ -134,12 +144,14 @@ def _default(name: str, value: object) -> str:
         return _OF_THIS_MACHINE[name]
     if value in (None, "", [], {}):
         return "none"
+    if isinstance(value, bool):
+        return f"`{value}`".lower()
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
-def _help(field: attrs.Attribute[Any]) -> str:
+def _help(field: attrs.Attribute[Any], cls: Any) -> str:
     text: str = field.metadata["typed-settings"]["help"]
-    secret = " Secret." if "SecretStr" in str(get_type_hints(Settings)[field.name]) else ""
+    secret = " Secret." if "SecretStr" in str(get_type_hints(cls)[field.name]) else ""
     return text.replace("|", "\\|") + "." + secret
 
 

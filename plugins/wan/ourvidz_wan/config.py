@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from attrs import field, frozen, validators
+from typed_settings.cls_attrs import option
 
 #: Frames a latent stands for; a video has one frame more than a multiple of it.
 FRAMES_PER_LATENT = 4
@@ -65,32 +66,48 @@ class WanVariant:
 
 @frozen(kw_only=True)
 class WanSettings:
-    """This plugin's settings, ``OURVIDZ_WAN_*``."""
+    """Where the weights lie, and how they are run. Nothing is ever downloaded."""
 
     SECTION: ClassVar[str] = "wan"
 
-    #: Directory of the t2v-1.3B weights, in the diffusers or the native layout.
-    ckpt_dir: Path | None = None
-    #: Directory of VACE weights; where it is set, videos with references use them.
-    vace_ckpt_dir: Path | None = None
-    #: The task that ``vace_ckpt_dir`` holds.
-    vace_task: str = field(default="vace-1.3B", validator=validators.in_(("vace-1.3B", "vace-14B")))
-    #: ``engine``: the command line runs in the warm engine; ``subprocess``: as a process of its own.
-    run_as: RunAs = RunAs.ENGINE
-    #: A script with the command line of ``wan_generate`` to run instead of ours, always as a subprocess.
-    script: Path | None = None
-    #: The Python that subprocesses run with; default: the engine's own.
-    interpreter: str | None = None
-    #: Put before the PYTHONPATH of subprocesses.
-    pythonpath: str | None = None
-    #: HF_HOME of subprocesses; their TRANSFORMERS_CACHE and HUGGINGFACE_HUB_CACHE follow it.
-    hf_home: Path | None = None
-    #: CUDA_VISIBLE_DEVICES of subprocesses; default: the engine's own.
-    cuda_visible_devices: str | None = None
-    #: Keep models in main memory and move each to the device while it works: slower, for small devices.
-    offload_model: bool = False
-    #: Give a job's own negative prompt to the model in place of the model's default.
-    use_job_negative_prompt: bool = False
+    ckpt_dir: Path | None = option(
+        default=None,
+        help="Directory of the t2v-1.3B weights, in the diffusers or WAN's own layout, or an installed model's name",
+    )
+    vace_ckpt_dir: Path | None = option(
+        default=None, help="Directory of VACE weights; where it is set, videos with references use them"
+    )
+    vace_task: str = option(
+        default="vace-1.3B",
+        validator=validators.in_(("vace-1.3B", "vace-14B")),
+        help="The task that vace_ckpt_dir holds: vace-1.3B or vace-14B",
+    )
+    run_as: RunAs = option(
+        default=RunAs.ENGINE,
+        help="engine: the command line runs in the warm engine; subprocess: as a process of its own",
+    )
+    script: Path | None = option(
+        default=None,
+        help="A script with the command line of wan_generate to run instead of ours, always as a subprocess",
+    )
+    interpreter: str | None = option(
+        default=None, help="The Python that subprocesses run with; default: the engine's own"
+    )
+    pythonpath: str | None = option(default=None, help="Put before the PYTHONPATH of subprocesses")
+    hf_home: Path | None = option(
+        default=None,
+        help="HF_HOME of subprocesses; their TRANSFORMERS_CACHE and HUGGINGFACE_HUB_CACHE follow it",
+    )
+    cuda_visible_devices: str | None = option(
+        default=None, help="CUDA_VISIBLE_DEVICES of subprocesses; default: the engine's own"
+    )
+    offload_model: bool = option(
+        default=False,
+        help="Keep models in main memory and move each to the device while it works: slower, for small devices",
+    )
+    use_job_negative_prompt: bool = option(
+        default=False, help="Give a job's own negative prompt to the model in place of the model's default"
+    )
 
 
 def frames_of(requested: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from ourvidz_core.engine.variants import read_variant
+from ourvidz_core.engine.variants import find_model, read_variant
 from ourvidz_core.errors import GenerationError, ModelUnavailable
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.wire.artifacts import Artifact, Generation
@@ -24,6 +24,8 @@ from ourvidz_wan.jobs import TASK, uses_strength
 #: The option that hands over each reference.
 REFERENCE_OPTIONS = {"single": "image", "start": "first_frame", "end": "last_frame"}
 MODULE = "ourvidz_wan.generate"
+#: What distributions call a small t2v model that they offer: see ``ourvidz_core.engine.variants``.
+MODEL_FAMILY = "wan"
 #: What the job or core reports, so that it is not reported twice.
 REPORTED_ELSEWHERE = frozenset({"wan_task", "prompt", "seed", "frame_num"})
 #: What a file says in words; everything else it says as JSON.
@@ -192,7 +194,7 @@ def _ckpt_dir(task: str, settings: WanSettings) -> Path:
     ckpt_dir = settings.ckpt_dir if task == TASK else settings.vace_ckpt_dir
     if ckpt_dir is None:
         raise ModelUnavailable("no WAN weights are configured; set OURVIDZ_WAN_CKPT_DIR to their directory")
-    return ckpt_dir
+    return find_model(ckpt_dir, MODEL_FAMILY) if task == TASK else ckpt_dir
 
 
 def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:
