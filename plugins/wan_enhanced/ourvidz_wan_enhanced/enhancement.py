@@ -171,7 +171,8 @@ def _written(
     task: Task, writer: Writer, settings: EnhancerSettings, context: JobContext, facts: dict[str, Any]
 ) -> Draft:
     """The first draft that is a prompt."""
-    effort = Effort(min(settings.deadline_seconds, max(context.seconds_left, 0.0) * SHARE_OF_TIME))
+    seconds = min(settings.deadline_seconds, max(context.seconds_left, 0.0) * SHARE_OF_TIME)
+    effort = Effort(seconds)
     reason = ""
     for number in range(TRIES):
         attempt = attrs.evolve(task, seed=_seed_of(task.seed, number))
@@ -186,7 +187,7 @@ def _written(
             )
         except DeadlinePassed:
             facts["enhancement_tokens"] += effort.tokens
-            late = f"it was not done within {settings.deadline_seconds:g} s"
+            late = f"it was not done within {round(seconds, 1):g} s"
             raise _Unenhanced(f"{late}; the try before: {reason}" if reason else late) from None
         except WorkFailed as failure:
             facts["enhancement_tokens"] += effort.tokens

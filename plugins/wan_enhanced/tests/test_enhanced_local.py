@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ourvidz_wan_enhanced.effort import DeadlinePassed, Effort
+from ourvidz_wan_enhanced.effort import DeadlinePassed, Effort, finish_in_time
 from ourvidz_wan_enhanced.enhancement import vram_of
 from ourvidz_wan_enhanced.instructions import read_instructions
 from ourvidz_wan_enhanced.local import LocalWriter, load_writer
@@ -144,6 +144,27 @@ def test_a_static_cache_makes_the_same_text(babbling_dir, babbler, task):
     for seed in (1, 2):
         asked = task(max_tokens=12, seed=seed)
         assert static.write(asked, Effort(60.0)).text == babbler.write(asked, Effort(60.0)).text
+
+
+@pytest.mark.slow
+def test_compiled_decoding_makes_the_same_text_and_is_compiled_once(qwen_dir, writer, task):
+    import torch._dynamo
+    from transformers import CompileConfig
+
+    compiled = load_writer(qwen_dir)
+    config = compiled._model.generation_config
+    config.cache_implementation, config.max_cache_len = "static", 3072
+    config.compile_config = CompileConfig(mode="default")
+    config.compile_config._compile_all_devices = True  # otherwise a GPU's privilege
+    compiled.warm_up()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for prompt in ("a fox", "a small boat crosses a calm lake at dawn"):
+        asked = task(prompt=prompt)
+        effort = Effort(60.0)
+        # Each prompt has a thread of its own.
+        draft = finish_in_time(effort, lambda asked=asked, effort=effort: compiled.write(asked, effort))
+        assert draft.text == writer.write(asked, Effort(60.0)).text
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 class SlowQwen(Qwen2ForCausalLM):
