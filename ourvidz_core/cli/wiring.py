@@ -101,11 +101,15 @@ class Machine:
 @contextlib.contextmanager
 def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
     """A runner with an engine process of its own; all of it ends with the block."""
+    import stamina
+
     from ourvidz_core.engine.host import EngineProcess
     from ourvidz_core.worker.runner import JobRunner
     from ourvidz_core.worker.slot import EngineSlot
     from ourvidz_core.worker.workspace import Workspace
 
+    # Where structlog is installed, stamina would print each retry to standard output, past our logging.
+    stamina.instrumentation.set_on_retry_hooks([])
     workspace = Workspace(settings.work_dir)
     storage = make_storage(settings)
     environ = {**engine_environment(settings), variable_of("log_level"): settings.log_level.value}
