@@ -22,9 +22,7 @@ from ourvidz_wan.tasks import TASKS, Task
 IMAGE_SUFFIX = ".png"
 VIDEO_SUFFIX = ".mp4"
 DEFAULT_VIDEO_FRAMES = 81
-#: Options that name one picture each.
-IMAGE_OPTIONS = ("image", "first_frame", "last_frame")
-REFERENCE_OPTIONS = (*IMAGE_OPTIONS, "src_video", "src_mask", "src_ref_images")
+REFERENCE_OPTIONS = ("image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
 
 
 class UsageError(OurVidzError):
@@ -164,6 +162,8 @@ def _frame_num(given: int | None, task: Task, save_file: Path) -> int:
     if frames % FRAMES_PER_LATENT != 1:
         lower = frames_of(frames)
         raise UsageError(f"--frame_num {frames} is not 4n+1; use {lower} or {lower + FRAMES_PER_LATENT}")
+    if frames == 1 and {"first_frame", "last_frame"} <= set(task.needs):
+        raise UsageError(f"--frame_num 1: {task.name} leads from a first frame to a last one; use 4n+1 frames")
     if task.makes_images_only and frames != 1:
         raise UsageError(f"--frame_num {frames}: {task.name} makes one frame; use 1")
     if (frames == 1) != (suffix == IMAGE_SUFFIX):
@@ -200,7 +200,7 @@ def _check_references(given: argparse.Namespace, task: Task) -> None:
         raise UsageError(f"--image cannot be combined with --{next(n for n in named if n != 'image')}; give one kind")
     if "src_mask" in named and "src_video" not in named:
         raise UsageError("--src_mask says what to make anew of a --src_video, and none is given")
-    if {"src_video"} & set(named) and {"first_frame", "last_frame"} & set(named):
+    if "src_video" in named and {"first_frame", "last_frame"} & set(named):
         raise UsageError("--src_video cannot be combined with --first_frame or --last_frame; give one kind")
     for option in named:
         paths = getattr(given, option)

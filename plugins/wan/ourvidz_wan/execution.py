@@ -22,7 +22,7 @@ from ourvidz_wan.config import RunAs, WanConfig, WanSettings, WanVariant, as_siz
 from ourvidz_wan.jobs import TASK, uses_strength
 
 #: The option that hands over each reference.
-REFERENCE_OPTIONS = {"single": "image", "start": "first_frame", "end": "last_frame"}
+OPTION_OF_ROLE = {"single": "image", "start": "first_frame", "end": "last_frame"}
 MODULE = "ourvidz_wan.generate"
 #: What distributions call a small t2v model that they offer: see ``ourvidz_core.engine.variants``.
 MODEL_FAMILY = "wan"
@@ -79,7 +79,7 @@ def build_wan_command(job: Job, context: JobContext) -> Command:
     for role, reference in job.references:
         if reference.path is None:
             raise GenerationError(f"the {role} reference of job {job.id} was not fetched")
-        options[REFERENCE_OPTIONS[role]] = reference.path
+        options[OPTION_OF_ROLE[role]] = reference.path
     if settings.script is None:
         # Our own options; another script's command line ends with those above.
         if uses_strength(job.reference_mode, is_video=not is_image):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,8 +21,7 @@ from ourvidz_wan.arguments import GenerateArguments, UsageError, parse_arguments
 
 if TYPE_CHECKING:
     from ourvidz_wan.checkpoints import WanModels
-
-OnProgress = Callable[[int, int], None]
+    from ourvidz_wan.sampling import OnProgress
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2

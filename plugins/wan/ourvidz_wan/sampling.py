@@ -128,13 +128,14 @@ def _sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProg
         "size": as_size(width, height),
         "requested_size": arguments.size,
         "frame_num": arguments.frame_num,
-        "fps": models.variant.fps,
         "solver": arguments.sample_solver.value,
         "steps": arguments.sample_steps,
         "guidance_scale": arguments.sample_guide_scale,
         "shift": arguments.sample_shift,
         "reference_applied": method is not None,
     }
+    if arguments.frame_num > 1:
+        facts["fps"] = models.variant.fps
     if method is not None:
         facts["reference_method"] = method
     if strength is not None:

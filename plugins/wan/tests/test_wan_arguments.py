@@ -118,11 +118,12 @@ def test_what_cannot_be_done_is_refused_in_one_line(options, message, parse):
     [
         ("i2v-14B", (), "needs --image"),
         ("flf2v-14B", ("--first_frame=PLACE/red.png",), "needs --last_frame"),
+        ("flf2v-14B", ("--frame_num=1", "--save_file=PLACE/out.png"), "leads from a first frame to a last one"),
         ("i2v-14B", ("--image=PLACE/red.png", "--last_frame=PLACE/red.png"), "nothing that i2v-14B reads"),
         ("t2i-14B", ("--frame_num=5",), "makes one frame"),
         ("vace-1.3B", ("--src_mask=PLACE/red.png",), "none is given"),
     ],
-    ids=["i2v", "flf2v", "i2v with an end", "t2i", "mask without video"],
+    ids=["i2v", "flf2v", "flf2v of one frame", "i2v with an end", "t2i", "mask without video"],
 )
 def test_a_task_says_what_it_needs(task, options, message, parse):
     with pytest.raises(UsageError, match=message):

@@ -200,6 +200,7 @@ def test_an_image_is_a_real_png_that_says_what_made_it(context_of):
     assert check_artifact(artifact, media_type="image/png").width == 48
     facts = read_picture_facts(artifact.path)
     assert (facts["prompt"], facts["seed"], facts["steps"]) == ("a cat", "11", "3")
+    assert "fps" not in facts
 
 
 def test_the_same_seed_makes_the_same_bytes_and_another_others(context_of):
