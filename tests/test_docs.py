@@ -84,3 +84,15 @@ def test_every_setting_in_a_page_exists() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "plugins").glob("*/README.md")]:
         for variable in re.findall(r"OURVIDZ_(?!ENHANCER)[A-Z_]+[A-Z]", page.read_text("utf-8")):
             assert variable in known, f"{page.relative_to(ROOT)}: {variable}"
+
+
+def test_every_known_failure_has_the_test_that_the_page_names() -> None:
+    named = re.findall(
+        r"`(test_\w+)` \|$", (ROOT / "docs/explanation/known-failures.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert len(named) >= 18
+    sources = [
+        path.read_text("utf-8") for folder in ("tests", "plugins") for path in (ROOT / folder).rglob("test_*.py")
+    ]
+    missing = [name for name in named if not any(f"def {name}(" in source for source in sources)]
+    assert not missing

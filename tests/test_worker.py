@@ -137,6 +137,15 @@ def test_whatever_a_generation_does_the_job_is_reported_and_the_next_completes(
     assert fleet.last("good")["status"] == "completed"
 
 
+def test_any_number_of_errors_in_a_row_ends_no_worker(fleet: Fleet) -> None:
+    for number in range(12):
+        fleet.push(f"bad-{number}", what="raise")
+    fleet.push("good")
+    fleet.drain()
+    assert [fleet.last(f"bad-{number}")["status"] for number in range(12)] == ["failed"] * 12
+    assert fleet.last("good")["status"] == "completed"
+
+
 def test_a_job_that_hangs_is_stopped_at_its_deadline(fleet: ToyFleet) -> None:
     fleet.push_message({"id": "hung", "type": "toy_brief", "config": {"what": "hang"}})
     fleet.push("good")
