@@ -173,6 +173,8 @@ def _written(
     """The first draft that is a prompt."""
     seconds = min(settings.deadline_seconds, max(context.seconds_left, 0.0) * SHARE_OF_TIME)
     effort = Effort(seconds)
+    # A base model may repeat its example as a chat model its orders.
+    instruction = f"{task.instruction.system}\n{task.instruction.completion}"
     reason = ""
     for number in range(TRIES):
         attempt = attrs.evolve(task, seed=_seed_of(task.seed, number))
@@ -199,7 +201,7 @@ def _written(
         if text and not whole:
             reason = f"the text did not end within {task.max_tokens} tokens"
             continue
-        fault = fault_of(whole, prompt=task.prompt, instruction=task.instruction.system, max_tokens=settings.max_tokens)
+        fault = fault_of(whole, prompt=task.prompt, instruction=instruction, max_tokens=settings.max_tokens)
         if fault is None:
             return attrs.evolve(draft, text=whole, tokens=facts["enhancement_tokens"])
         reason = fault

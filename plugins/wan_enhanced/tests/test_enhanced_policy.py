@@ -131,6 +131,7 @@ def test_a_bad_text_gets_one_more_try_with_another_seed(asking):
     [
         ("", "the model wrote nothing"),
         (read_instructions().video.system, "it repeats the instruction"),
+        (read_instructions().video.completion.partition("Prompt: ")[2][:200], "it repeats the instruction"),
         (PROMPT, "it repeats the prompt unchanged"),
         (f"Here is your prompt: {GOOD}", "it talks to the user in place of describing"),
         (f"- {GOOD}", "it holds markup"),
@@ -138,7 +139,7 @@ def test_a_bad_text_gets_one_more_try_with_another_seed(asking):
         (ArithmeticError("the user's prompt stands here"), "the model raised ArithmeticError"),
         (torch.OutOfMemoryError("CUDA out of memory"), "the device has too little memory for the language model"),
     ],
-    ids=["empty", "echo", "unchanged", "preamble", "markup", "another scene", "raises", "out of memory"],
+    ids=["empty", "echo", "example", "unchanged", "preamble", "markup", "another scene", "raises", "out of memory"],
 )
 def test_what_is_no_prompt_is_reported_with_its_reason(text, reason, asking):
     enhancement, _ = asking(StubWriter([text]))
