@@ -13,7 +13,8 @@ export OMP_NUM_THREADS ?= 1
 
 demo: $(VENV)/installed $(MODELS)/made
 	OURVIDZ_SDXL_MODEL=$(CURDIR)/$(MODELS)/sdxl OURVIDZ_WAN_CKPT_DIR=$(CURDIR)/$(MODELS)/wan \
-		$(BIN)/ourvidz --log-level warning demo --messages examples/payloads --out $(DEMO)
+		OURVIDZ_ENHANCER_MODEL=$(CURDIR)/$(MODELS)/qwen \
+		$(BIN)/ourvidz --log-level warning demo --messages examples/demo --out $(DEMO)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -48,4 +49,5 @@ $(MODELS)/made: $(VENV)/installed $(wildcard examples/models/tiny_*.py)
 	mkdir -p $(MODELS)
 	$(BIN)/python examples/models/tiny_sdxl.py $(MODELS)/sdxl
 	$(BIN)/python examples/models/tiny_wan.py $(MODELS)/wan
+	$(BIN)/python examples/models/tiny_qwen.py $(MODELS)/qwen
 	touch $@

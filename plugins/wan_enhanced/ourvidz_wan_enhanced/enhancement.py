@@ -19,6 +19,7 @@ import attrs
 from attrs import frozen
 
 from ourvidz_core.engine.perform import STICKY_DEVICE_ERRORS
+from ourvidz_core.engine.variants import find_model
 from ourvidz_core.errors import EngineUnusable, GenerationError, ModelUnavailable
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.wire.job_types import ContentType
@@ -108,7 +109,7 @@ def enhance_job(job: Job, context: JobContext) -> Job:
 
 def enhance(prompt: str, *, content_type: ContentType, seed: int, context: JobContext) -> Enhancement:
     """Rewrite ``prompt`` with the model or the server of the settings. Fails in its facts, never silently."""
-    settings = context.settings(EnhancerSettings)
+    settings = _with_found_model(context.settings(EnhancerSettings))
     facts: dict[str, Any] = {}
     text: str | None = None
     try:
@@ -117,6 +118,11 @@ def enhance(prompt: str, *, content_type: ContentType, seed: int, context: JobCo
     except _Unenhanced as failure:
         outcome = f"failed ({failure})"
     return Enhancement(prompt=text, facts={"enhancement": outcome, **facts})
+
+
+def _with_found_model(settings: EnhancerSettings) -> EnhancerSettings:
+    """The settings with the path of an installed model where they have its name."""
+    return settings if settings.model is None else attrs.evolve(settings, model=find_model(settings.model, "qwen"))
 
 
 def writer_key(settings: EnhancerSettings) -> str:

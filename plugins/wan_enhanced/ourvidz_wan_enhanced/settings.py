@@ -34,7 +34,8 @@ class EnhancerSettings:
     SECTION: ClassVar[str] = "enhancer"
 
     model: Path | None = option(
-        default=None, help="Directory of a causal language model with its tokenizer, such as Qwen2.5-7B-Instruct"
+        default=None,
+        help="Directory of a causal language model such as Qwen2.5-7B-Instruct, or an installed model's name",
     )
     url: str | None = option(
         default=None,
