@@ -18,6 +18,7 @@ import attrs
 import click
 from ourvidz_sdxl.settings import SdxlSettings
 from ourvidz_wan.config import WanSettings
+from ourvidz_wan_enhanced.settings import EnhancerSettings
 
 import ourvidz_core.errors
 from ourvidz_core.cli.main import cli
@@ -29,7 +30,7 @@ REFERENCE = DOCS / "reference"
 _NOTE = "<!-- Made by docs/generate.py from the code. Change the code, then run `make docs`. -->\n\n"
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
 #: The settings of the plugins in this repository; another plugin documents its own.
-PLUGIN_SECTIONS: tuple[Any, ...] = (SdxlSettings, WanSettings)
+PLUGIN_SECTIONS: tuple[Any, ...] = (SdxlSettings, WanSettings, EnhancerSettings)
 _OF_THIS_MACHINE = {
     "state_dir": "the user's state directory",
     "work_dir": "in the system's temporary directory",
