@@ -82,8 +82,8 @@ def _plugin_of(distribution: Distribution, group: str) -> FoundPlugin | None:
             # Not distribution.name: it is None where the metadata lacks it, whatever its type says.
             metadata = distribution.metadata
             return FoundPlugin(
-                distribution=metadata["Name"] if "Name" in metadata else entry_point.name,
-                version=metadata["Version"] if "Version" in metadata else "unknown",
+                distribution=metadata.get("Name", entry_point.name),
+                version=metadata.get("Version", "unknown"),
                 load=entry_point.load,
             )
     return None
