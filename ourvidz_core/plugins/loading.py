@@ -81,9 +81,10 @@ def _plugin_of(distribution: Distribution, group: str) -> FoundPlugin | None:
         if entry_point.group == group:
             # Not distribution.name: it is None where the metadata lacks it, whatever its type says.
             metadata = distribution.metadata
+            said = {key: metadata[key] for key in ("Name", "Version") if key in metadata}
             return FoundPlugin(
-                distribution=metadata.get("Name", entry_point.name),
-                version=metadata.get("Version", "unknown"),
+                distribution=said.get("Name", entry_point.name),
+                version=said.get("Version", "unknown"),
                 load=entry_point.load,
             )
     return None
