@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 import attrs
 import redis
@@ -563,10 +564,11 @@ def kill_redis(scale: Scale, logs: list[TransitionLog]) -> Row:
 
 
 class CutProxy:
-    """Stands between the workers and Redis, and cuts all connections when it is told to."""
+    """Stands between the workers and Redis: cuts all connections when it is told to, and counts what is asked."""
 
-    def __init__(self, socket: str) -> None:
-        self._socket = socket
+    def __init__(self, address: str) -> None:
+        self._upstream = urlsplit(address)
+        self.round_trips = 0
         self._loop = asyncio.new_event_loop()
         self._connections: set[_Connection] = set()
         self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
@@ -593,8 +595,13 @@ class CutProxy:
                 connection.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream_reader, upstream_writer = await asyncio.open_unix_connection(self._socket)
-        connection = _Connection(writer, upstream_writer)
+        if self._upstream.scheme == "unix":
+            upstream_reader, upstream_writer = await asyncio.open_unix_connection(self._upstream.path)
+        else:
+            upstream_reader, upstream_writer = await asyncio.open_connection(
+                self._upstream.hostname, self._upstream.port
+            )
+        connection = _Connection(self, writer, upstream_writer)
         self._connections.add(connection)
         try:
             await asyncio.gather(
@@ -607,15 +614,19 @@ class CutProxy:
 
 @define(eq=False)
 class _Connection:
+    proxy: CutProxy
     writer: asyncio.StreamWriter
     upstream: asyncio.StreamWriter
     is_doomed: bool = False
+    is_asking: bool = False
 
     async def pass_on(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, is_reply: bool) -> None:
         with contextlib.suppress(OSError):
             while data := await source.read(65536):
                 if is_reply and self.is_doomed:
                     break
+                self.proxy.round_trips += not is_reply and not self.is_asking
+                self.is_asking = not is_reply
                 target.write(data)
                 await target.drain()
         self.close()
@@ -629,7 +640,7 @@ def cut_connections(scale: Scale, logs: list[TransitionLog]) -> Row:
     """Every connection of every worker cut, every second time after the command ran."""
     row = Row(f"all connections cut {scale.cuts} times", faults=scale.cuts)
     with Arena.opened() as arena:
-        proxy = CutProxy(arena.server.address.removeprefix("unix://"))
+        proxy = CutProxy(arena.server.address)
         arena.environ["REDIS_URL"] = proxy.address
         for _ in range(3):
             arena.start()

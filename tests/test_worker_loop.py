@@ -253,6 +253,14 @@ def test_processing_is_over_before_a_terminal_report_goes_out_however_slow_the_e
     assert order == ["processing begins", "processing fails", "failed begins"]
 
 
+def test_a_worker_that_was_frozen_beyond_its_lease_does_not_send_processing(bench_of: Callable[..., Bench]) -> None:
+    bench = bench_of(lease_seconds=1e-6)
+    bench.push("a")
+    bench.thread.start()
+    assert bench.engine.started.wait(5)
+    assert bench.callbacks.attempts == []
+
+
 def test_a_job_that_does_not_get_on_for_longer_than_any_may_loses_its_lease(bench_of: Callable[..., Bench]) -> None:
     bench = bench_of()
     bench.worker._longest_silence = 0.5

@@ -7,6 +7,7 @@ on one node.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import threading
@@ -195,7 +196,7 @@ class RedisQueue:
                     break
                 kind, key, raw = answer[0], _text(answer[1]), answer[2]
                 if kind == b"claimed":
-                    return _claim(queue, key, raw, answer[3])
+                    return attrs.evolve(_claim(queue, key, raw, answer[3]), is_cancelled=bool(answer[4]))
                 logger.warning("dropped a duplicate of job %s from %s: it is in flight or has completed", key, queue)
         return None
 
@@ -421,7 +422,7 @@ class RedisQueue:
 
     def _run(self, script: str, queue: str, names: Sequence[str], arguments: Sequence[Any]) -> Any:
         with _translated():
-            return self._scripts[script](keys=[_name(queue, name) for name in names], args=arguments)
+            return self._scripts[script](keys=list(_keys(queue, tuple(names))), args=arguments)
 
 
 class _Bell(threading.Thread):
@@ -471,7 +472,6 @@ def _claim(queue: str, key: str, raw: bytes, meta: bytes) -> Claim:
         attempt=int(facts["attempt"]),
         raw=raw,
         reasons=tuple(facts.get("reasons", "").split("\n")) if facts.get("reasons") else (),
-        is_cancelled=bool(facts.get("is_cancelled")),
     )
 
 
@@ -485,6 +485,12 @@ def _bytes(key: str) -> bytes:
 
 def _text(key: bytes) -> str:
     return key.decode("utf-8", "surrogateescape")
+
+
+@functools.cache
+def _keys(queue: str, names: tuple[str, ...]) -> tuple[bytes, ...]:
+    # Names of queues are few, and are made for every command.
+    return tuple(_name(queue, name).encode() for name in names)
 
 
 def _name(queue: str, name: str) -> str:

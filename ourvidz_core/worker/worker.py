@@ -79,6 +79,8 @@ class _Active:
     is_generated: bool = False
     is_lost: bool = False
     is_cancelled: bool = False
+    #: Until then nobody else can have taken the job.
+    held_until: float
     #: When the job last got on.
     last_sign: float = field(factory=time.monotonic)
     processing: Future[None] | None = None
@@ -183,6 +185,7 @@ class Worker:
                     self._changed.wait(0.1)
                 continue
             try:
+                asked_at = time.monotonic()
                 claim = self._queue.claim(
                     self._queues, worker=self._settings.worker_name, lease=self._settings.lease_seconds
                 )
@@ -190,7 +193,7 @@ class Worker:
                     if claim.is_cancelled:
                         self._end_unrun(claim, JobCancelled("the job was cancelled before it ran"))
                     else:
-                        self._begin(claim)
+                        self._begin(claim, held_until=asked_at + self._settings.lease_seconds)
                     if until is Until.ONE_JOB:
                         return
                 elif until is Until.DRAINED and not self._active and self._is_drained():
@@ -225,8 +228,8 @@ class Worker:
         depths = [self._queue.depth(queue) for queue in self._queues]
         return not any(depth.waiting or depth.retrying or depth.in_flight for depth in depths)
 
-    def _begin(self, claim: Claim) -> None:
-        active = _Active(claim=claim, watch=Watch())
+    def _begin(self, claim: Claim, held_until: float) -> None:
+        active = _Active(claim=claim, watch=Watch(), held_until=held_until)
         active.watch = attrs.evolve(
             active.watch,
             on_job=lambda job: self._send_processing(active, job),
@@ -249,9 +252,12 @@ class Worker:
         # Once, on the first try only: after a terminal report it would set the job back.
         if active.claim.attempt == 1:
             report = processing_report(job, _attempt_facts(active.claim))
-            active.processing = self._senders.submit(self._send_once, report)
+            active.processing = self._senders.submit(self._send_once, active, report)
 
-    def _send_once(self, callback: Callback) -> None:
+    def _send_once(self, active: _Active, callback: Callback) -> None:
+        # Whoever was frozen until the lease ran out must not report after another worker's terminal report.
+        if active.is_lost or time.monotonic() >= active.held_until:
+            return
         try:
             self._parts.callbacks.send(f"{callback.job_id}-processing", callback.job_id, callback.to_bytes())
         except CallbackError as error:
@@ -438,12 +444,15 @@ class Worker:
             # Whatever holds it up is here, in this process: another worker shall have it.
             logger.error("job %s has not got on for %.0f s; its lease is not renewed", active.claim.key, silence)
             return
+        asked_at = time.monotonic()
         try:
             is_ours = self._queue.renew(active.claim, lease=lease)
         except QueueError as error:
             logger.warning("the lease of job %s was not renewed: %s", active.claim.key, error)
             return
-        if not is_ours and active.claim.token in self._active:
+        if is_ours:
+            active.held_until = asked_at + lease
+        elif active.claim.token in self._active:
             logger.warning("job %s is somebody else's now; it is stopped here", active.claim.key)
             active.is_lost = True
             active.watch.cancelled.set()
@@ -469,7 +478,7 @@ class Worker:
         """Report a job that shall not run as failed."""
         callback = unrun_report(claim.raw, error, attempts=_attempt_facts(claim))
         self._finish(
-            _Active(claim=claim, watch=Watch()),
+            _Active(claim=claim, watch=Watch(), held_until=time.monotonic()),
             Outcome(
                 callback=callback,
                 job_id=callback.job_id if callback else None,

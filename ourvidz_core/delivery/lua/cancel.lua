@@ -11,7 +11,7 @@ local keys = {lease = lease, job = job, meta = meta_key, fence = fence}
 -- The mark stays until the caller has reported it: if the caller dies, the next to take the job does that.
 local function take_out(message, known)
   redis.call('ZADD', cancelled, now_ms(), id)
-  return {'taken', id, message, cjson.encode(take(keys, id, message, known, worker, tonumber(lease_ms)))}
+  return {'taken', id, message, take(keys, id, message, known, worker, now_ms() + tonumber(lease_ms))}
 end
 
 local meta, raw = read_meta(meta_key, id), redis.call('HGET', job, id)

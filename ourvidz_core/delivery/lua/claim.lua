@@ -1,19 +1,25 @@
 -- Take the oldest job: raise the fencing token, take the lease, keep the raw bytes, and only then pop.
 -- KEYS: queue lease job meta done fence retry cancel cancelled   ARGV: lease_ms worker side
--- Answers nil, {'claimed', id, raw, meta} or {'duplicate', id, raw}.
+-- Answers nil, {'claimed', id, raw, meta, is_cancelled} or {'duplicate', id, raw}.
 local queue, lease, job, meta_key, done, fence, retry, cancel, cancelled = unpack(KEYS)
 local lease_ms, worker, side = tonumber(ARGV[1]), ARGV[2], ARGV[3]
 local keys = {lease = lease, job = job, meta = meta_key, fence = fence}
 
+local now = now_ms()
+
+-- The producer writes the set itself; a key of another type there must not stop the queue.
+local function is_cancelled(id)
+  if redis.call('EXISTS', cancel, cancelled) == 0 then return false end
+  return redis.call('ZSCORE', cancelled, id) ~= false or redis.pcall('SISMEMBER', cancel, id) == 1
+end
+
 local function claim(id, raw, meta)
-  meta = take(keys, id, raw, meta, worker, lease_ms)
-  -- The producer writes the set itself; a key of another type there must not stop the queue.
-  meta.is_cancelled = redis.call('ZSCORE', cancelled, id) ~= false or redis.pcall('SISMEMBER', cancel, id) == 1
-  return {'claimed', id, raw, cjson.encode(meta)}
+  local text = take(keys, id, raw, meta, worker, now + lease_ms)
+  return {'claimed', id, raw, text, is_cancelled(id) and 1 or 0}
 end
 
 -- Jobs that run again are older than anything in the list.
-local due = redis.call('ZRANGEBYSCORE', retry, '-inf', now_ms(), 'LIMIT', 0, 1)[1]
+local due = redis.call('ZRANGEBYSCORE', retry, '-inf', now, 'LIMIT', 0, 1)[1]
 if due then
   local raw = redis.call('HGET', job, due)
   if raw then

@@ -40,15 +40,16 @@ local function id_of(raw)
   return 'sha1:' .. redis.sha1hex(raw)
 end
 
--- Raise the fencing token, take the lease and keep the raw bytes. Answers the meta that the claim is told.
-local function take(keys, id, raw, meta, worker, lease_ms)
+-- Raise the fencing token, take the lease and keep the raw bytes. Answers the meta that the claim is told, as text.
+local function take(keys, id, raw, meta, worker, lease_until)
   meta.token = redis.call('INCR', keys.fence)
   meta.attempt = (meta.attempt or 0) + 1
   meta.worker = worker
+  local text = cjson.encode(meta)
   redis.call('HSET', keys.job, id, raw)
-  write_meta(keys.meta, id, meta)
-  redis.call('ZADD', keys.lease, now_ms() + lease_ms, id)
-  return meta
+  redis.call('HSET', keys.meta, id, text)
+  redis.call('ZADD', keys.lease, lease_until, id)
+  return text
 end
 
 -- What is over is remembered for a while, and never more of it than a million jobs.

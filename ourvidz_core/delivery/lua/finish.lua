@@ -17,11 +17,13 @@ end
 if dead_entry ~= '' then redis.call('LPUSH', dead, dead_entry) end
 if is_final == '1' then redis.call('ZADD', done, now, id) end
 redis.call('ZADD', finished, now, token)
-trim(done, finished, now, tonumber(window_ms))
+if meta.token % 100 == 0 then trim(done, finished, now, tonumber(window_ms)) end -- as whoever recovers jobs does
 redis.call('ZREM', lease, id)
 redis.call('ZREM', retry, id)
-redis.call('ZREM', cancelled, id)
-redis.pcall('SREM', cancel, id)
+if redis.call('EXISTS', cancel, cancelled) > 0 then
+  redis.call('ZREM', cancelled, id)
+  redis.pcall('SREM', cancel, id)
+end
 redis.call('HDEL', job, id)
 redis.call('HDEL', meta_key, id)
 return 'done'
