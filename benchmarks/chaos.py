@@ -522,7 +522,7 @@ def stop_workers(scale: Scale, logs: list[TransitionLog]) -> Row:
             elif phase == "claimed":
                 arena.wait(lambda name=name: arena.jobs_of(name))
             elif phase == "starting":
-                time.sleep(1.0)
+                arena.wait(lambda: any((arena.directory / "work").glob("worker-*")))
             else:
                 reached.wait(20)
             process = arena.processes.pop(name)

@@ -236,7 +236,7 @@ def test_processing_is_over_before_a_terminal_report_goes_out_however_slow_the_e
     send = RecordingCallbacks.send
 
     class Hanging(RecordingCallbacks):
-        def send(self, callback_id: str, job_id: str, body: bytes) -> None:
+        def send(self, callback_id: str, job_id: str, body: bytes, **_: object) -> None:
             status = json.loads(body)["status"]
             order.append(f"{status} begins")
             if status == "processing":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 
 import click
 
@@ -24,6 +25,17 @@ def worker(queues: str | None, once: bool, drain: bool) -> None:
     from ourvidz_core.cli.wiring import make_queue, make_worker
     from ourvidz_core.worker.worker import Until
 
+    stops: list[Callable[[], None]] = []
+    asked = threading.Event()
+
+    def on_signal(*_: object) -> None:
+        asked.set()
+        for stop in stops:
+            # A thread of its own: a handler that takes a lock its own thread holds would wait for ever.
+            threading.Thread(target=stop, name="stop").start()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
     settings = open_settings()
     registry = open_registry(settings)
     chosen = tuple(name.strip() for name in queues.split(",") if name.strip()) if queues else registry.queues
@@ -36,13 +48,9 @@ def worker(queues: str | None, once: bool, drain: bool) -> None:
     queue = make_queue(settings)
     try:
         with make_worker(settings, registry, queue, chosen) as running:
-
-            def on_signal(*_: object) -> None:
-                # A thread of its own: a handler that takes a lock its own thread holds would wait for ever.
-                threading.Thread(target=running.stop, name="stop").start()
-
-            signal.signal(signal.SIGTERM, on_signal)
-            signal.signal(signal.SIGINT, on_signal)
+            stops.append(running.stop)
+            if asked.is_set():
+                running.stop()
             running.run(until)
     finally:
         queue.close()

@@ -6,10 +6,11 @@ import base64
 import errno
 import hashlib
 import hmac
+import io
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -38,13 +39,22 @@ _ANSWER_BYTES = 64 * 1024
 _SHOWN_CHARACTERS = 200
 
 
+MaySend = Callable[[], bool]
+
+
+def always() -> bool:
+    """For callbacks that may go out at any time."""
+    return True
+
+
 class CallbackClient(Protocol):
     """The way to the endpoint that learns of each job's outcome."""
 
-    def send(self, callback_id: str, job_id: str, body: bytes) -> None:
+    def send(self, callback_id: str, job_id: str, body: bytes, *, may_send: MaySend = always) -> None:
         """Send ``body`` as it is. Returns when it was accepted.
 
-        ``callback_id`` is the same for every try of one callback.
+        ``callback_id`` is the same for every try of one callback. ``may_send`` is asked at the last
+        moment; where it says no, the endpoint gets nothing that it could understand.
 
         :raises CallbackRejected: it never will be accepted.
         :raises CallbackUndelivered: it may be later; ``retry_after_seconds`` where the endpoint said when.
@@ -109,13 +119,13 @@ class HttpCallbacks:
         self._timeout_seconds = timeout_seconds
         self._session = session or requests.Session()
 
-    def send(self, callback_id: str, job_id: str, body: bytes) -> None:
+    def send(self, callback_id: str, job_id: str, body: bytes, *, may_send: MaySend = always) -> None:
         """See :meth:`CallbackClient.send`."""
         try:
-            status, answer, retry_after = self._post(callback_id, body, self._secrets)
+            status, answer, retry_after = self._post(callback_id, body, self._secrets, may_send)
             if status in _WRONG_SIGNATURE and len(self._secrets) > 1:
                 # X-Callback-Signature has room for one: an endpoint that was not told of the new secret gets the old.
-                status, answer, retry_after = self._post(callback_id, body, self._secrets[::-1])
+                status, answer, retry_after = self._post(callback_id, body, self._secrets[::-1], may_send)
         except (requests.RequestException, HTTPError, OSError) as error:
             # The library's messages hold the URL, whose query may hold a token.
             raise CallbackUndelivered(
@@ -143,15 +153,17 @@ class HttpCallbacks:
         """Give up connections."""
         self._session.close()
 
-    def _post(self, callback_id: str, body: bytes, secrets: Sequence[str]) -> tuple[int, bytes, float | None]:
+    def _post(
+        self, callback_id: str, body: bytes, secrets: Sequence[str], may_send: MaySend
+    ) -> tuple[int, bytes, float | None]:
         headers = {"Content-Type": "application/json", "X-Callback-Id": callback_id}
         with (
             Deadline(self._timeout_seconds) as deadline,
             self._session.post(
                 self._url,
-                data=body,
+                data=_LateBody(body, may_send),
                 headers=headers,
-                auth=_CallbackAuth(self._key, secrets, callback_id),
+                auth=_CallbackAuth(self._key, secrets, callback_id, body),
                 timeout=self._timeout_seconds,
                 allow_redirects=False,
                 stream=True,
@@ -185,7 +197,14 @@ class DirectoryCallbacks:
 
     root: Path
 
-    def send(self, callback_id: str, job_id: str, body: bytes) -> None:  # noqa: ARG002 - the protocol's
+    def send(
+        self,
+        callback_id: str,  # noqa: ARG002 - the protocol's
+        job_id: str,
+        body: bytes,
+        *,
+        may_send: MaySend = always,  # noqa: ARG002 - the protocol's
+    ) -> None:
         """See :meth:`CallbackClient.send`."""
         if not ID_PATTERN.fullmatch(job_id):
             raise CallbackRejected(f"the job id {ascii(job_id)[:80]} cannot be the name of a file")
@@ -225,7 +244,14 @@ class RecordingCallbacks:
     attempts: list[SentCallback] = field(factory=list, init=False)
     accepted: list[SentCallback] = field(factory=list, init=False)
 
-    def send(self, callback_id: str, job_id: str, body: bytes) -> None:
+    def send(
+        self,
+        callback_id: str,
+        job_id: str,
+        body: bytes,
+        *,
+        may_send: MaySend = always,  # noqa: ARG002 - the protocol's
+    ) -> None:
         """See :meth:`CallbackClient.send`."""
         sent = SentCallback(callback_id=callback_id, job_id=job_id, body=body)
         self.attempts.append(sent)
@@ -238,8 +264,9 @@ class RecordingCallbacks:
 class _CallbackAuth(AuthBase):
     """Key and signatures. As an auth object, since a netrc would overwrite a plain Authorization header."""
 
-    def __init__(self, key: str, secrets: Sequence[str], callback_id: str) -> None:
+    def __init__(self, key: str, secrets: Sequence[str], callback_id: str, body: bytes) -> None:
         self._key = key
+        self._body = body
         self._secrets = secrets
         # Standard Webhooks joins what it signs with dots; ours has none, and other clients' may.
         self._webhook_id = callback_id.replace(".", "-")
@@ -251,12 +278,35 @@ class _CallbackAuth(AuthBase):
         timestamp = int(time.time())
         request.headers["webhook-id"] = self._webhook_id
         request.headers["webhook-timestamp"] = str(timestamp)
-        if self._secrets and isinstance(body := request.body, bytes):
-            request.headers[SIGNATURE_HEADER] = signature(self._secrets[0], body)
+        if self._secrets:
+            request.headers[SIGNATURE_HEADER] = signature(self._secrets[0], self._body)
             request.headers["webhook-signature"] = " ".join(
-                webhook_signature(secret, self._webhook_id, timestamp, body) for secret in self._secrets
+                webhook_signature(secret, self._webhook_id, timestamp, self._body) for secret in self._secrets
             )
         return request
+
+
+class _LateBody:
+    """A body that is asked for when the connection is open and the headers are out.
+
+    A process that was frozen until then would send what is no longer true.
+    """
+
+    def __init__(self, body: bytes, may_send: MaySend) -> None:
+        self._stream = io.BytesIO(body)
+        self._size_bytes = len(body)
+        self._may_send = may_send
+
+    def __len__(self) -> int:
+        return self._size_bytes
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self.read()
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._may_send():
+            raise OSError(errno.ECANCELED, "the callback may no longer be sent")
+        return self._stream.read(size)
 
 
 def _check_secret(secret: str) -> None:

@@ -255,11 +255,15 @@ class Worker:
             active.processing = self._senders.submit(self._send_once, active, report)
 
     def _send_once(self, active: _Active, callback: Callback) -> None:
-        # Whoever was frozen until the lease ran out must not report after another worker's terminal report.
-        if active.is_lost or time.monotonic() >= active.held_until:
+        def is_ours() -> bool:
+            # Whoever was frozen until the lease ran out must not report after another worker's terminal report.
+            return not active.is_lost and time.monotonic() < active.held_until
+
+        if not is_ours():
             return
+        callback_id = f"{callback.job_id}-processing"
         try:
-            self._parts.callbacks.send(f"{callback.job_id}-processing", callback.job_id, callback.to_bytes())
+            self._parts.callbacks.send(callback_id, callback.job_id, callback.to_bytes(), may_send=is_ours)
         except CallbackError as error:
             logger.warning("job %s: its processing callback was not accepted: %s", callback.job_id, error)
 

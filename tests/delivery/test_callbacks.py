@@ -124,6 +124,13 @@ def test_a_secret_that_was_copied_in_part_is_a_setting_error() -> None:
         HttpCallbacks("http://127.0.0.1:1", secret="whsec_abc%")
 
 
+def test_what_may_not_be_sent_any_more_when_the_connection_is_open_is_not_taken(supabase: SupabaseServer) -> None:
+    with pytest.raises(CallbackUndelivered):
+        client_for(supabase).send("callback-1", "job-1", BODY, may_send=lambda: False)
+
+    assert supabase.callbacks == []
+
+
 def test_an_endpoint_without_a_key_gets_none(supabase: SupabaseServer) -> None:
     with FileServer({"/hook": b"ok"}) as server:
         send(HttpCallbacks(f"{server.url}/hook"))
