@@ -17,7 +17,7 @@ demo: $(VENV)/installed $(MODELS)/made
 		$(BIN)/ourvidz --log-level warning demo --messages examples/demo --out $(DEMO)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed
 	$(BIN)/ruff format $(if $(CI),--check) $(SOURCES)
