@@ -1,0 +1,91 @@
+"""What the shipped models make of a prompt, judged by measuring pixels. All on a processor."""
+
+from __future__ import annotations
+
+import ourvidz_demo_models
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+from examples.models import measure, scenes, train_qwen, train_sdxl, training
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        str(ourvidz_demo_models.path("sdxl")), torch_dtype=torch.float32, local_files_only=True, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def drawn(sdxl):
+    def draw(prompts, negative_prompt="", guidance_scale=6.0):
+        made = sdxl(
+            prompt=prompts,
+            negative_prompt=[negative_prompt] * len(prompts),
+            generator=[torch.Generator().manual_seed(index) for index in range(len(prompts))],
+            num_inference_steps=15,
+            guidance_scale=guidance_scale,
+            width=128,
+            height=128,
+            output_type="pt",
+        ).images
+        return [measure.see_picture(one) for one in training.bytes_of(made * 2 - 1)]
+
+    return draw
+
+
+def test_the_autoencoder_keeps_scenes_that_it_never_saw(sdxl):
+    pictures = scenes.render(scenes.draw_scenes(8, 21, video=False, held_out=True), *train_sdxl.SIZES[0])
+    with torch.no_grad():
+        again = sdxl.vae.decode(sdxl.vae.encode(pictures).latent_dist.mean).sample
+    assert training.psnr(again, pictures) > 29.0
+
+
+def test_pictures_have_the_colour_of_the_prompt(drawn):
+    colours = list(scenes.COLOURS)
+    seen = drawn([f"a {colour} circle" for colour in colours])
+    assert sum(one.colour == colour for one, colour in zip(seen, colours, strict=True)) >= 7
+
+
+def test_pairs_that_were_never_trained_work(drawn):
+    pairs = sorted(scenes.HELD_OUT_SHAPES)
+    seen = drawn([f"a large {colour} {shape} on a plain white background" for colour, shape in pairs])
+    assert sum(one.colour == colour for one, (colour, _) in zip(seen, pairs, strict=True)) >= 7
+    assert sum(one.background == "white" for one in seen) >= 7
+    assert sum(one.shape == shape for one, (_, shape) in zip(seen, pairs, strict=True)) >= 4
+
+
+def test_a_negative_prompt_removes_a_colour(drawn):
+    prompts = ["a red or blue circle"] * 6
+    with_red = drawn(prompts)
+    without_red = drawn(prompts, negative_prompt="red")
+    assert any(one.colour == "red" for one in with_red)
+    assert not any(one.colour == "red" for one in without_red)
+
+
+@pytest.mark.parametrize("prompt", ["circle", "a red star", "a small pink ring moves left", "blue"])
+def test_qwen_makes_a_whole_scene_that_keeps_the_words(prompt):
+    directory = ourvidz_demo_models.path("qwen")
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = Qwen2ForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    text = tokenizer.apply_chat_template(
+        train_qwen.conversation(prompt, "You are a helpful assistant."), tokenize=False, add_generation_prompt=True
+    )
+    asked = tokenizer(text, return_tensors="pt")
+    answer = model.generate(**asked, max_new_tokens=64)[0, asked.input_ids.shape[1] :]
+    words = tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert int(answer[-1]) == tokenizer.eos_token_id
+    assert scenes.read_caption(words) is not None
+    assert scenes.scene_words(prompt) <= scenes.scene_words(words)
+
+
+def test_no_file_is_too_large_for_a_repository():
+    files = [file for file in ourvidz_demo_models.SDXL.parent.rglob("*") if file.is_file()]
+    assert max(file.stat().st_size for file in files) < 15_000_000
+    assert sum(file.stat().st_size for file in files) < 60_000_000

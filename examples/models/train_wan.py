@@ -1,0 +1,333 @@
+"""Train a small WAN on scenes that we draw: the video autoencoder, then text encoder and transformer together.
+
+Minutes on one GPU; every part has the production model's architecture, only narrow::
+
+    python examples/models/train_wan.py demo-models/wan
+    python examples/models/train_wan.py /tmp/wan --scenes=8 --vae-steps=1 --steps=2 --batch=2   # does it run
+
+The transformer learns by flow matching, on 81 frames (21 latent frames) and on single pictures.
+As in ``train_sdxl.py``, the last part of the training makes guidance at ``GUIDANCE`` exact.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch.nn import functional
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.models import scenes, training, vocabularies
+
+logger = logging.getLogger("train_wan")
+
+GUIDANCE = 4.5
+PLAIN_PART = 0.6
+FRAMES = 81
+#: What 480*832 and 832*480 become at the variant's scale.
+SIZES = ((64, 112), (112, 64))
+_SHARE_OF_SIZES = (0.75, 0.25)
+_CAPTIONS = 6
+_FILLERS = 4096
+#: Longer captions are cut; the pipeline fills up with zeros to ``_TEXT_LENGTH`` all the same.
+_MOST_TOKENS = 72
+_TEXT_LENGTH = 512
+#: Training's noise levels lie as sampling's do, a little more even.
+_SHIFT = 3.0
+_KL_WEIGHT = 1e-4
+
+VARIANT = """\
+# A small model that draws coloured shapes that move; see README.md. 480*832 is 64x112 here.
+name = "demo-wan"
+size_scale = 0.14
+# It has never seen people, so their deformities mean nothing to it.
+negative_prompt = ""
+"""
+
+
+def make_pipeline() -> Any:
+    """The untrained model."""
+    tokenizer = vocabularies.t5_tokenizer(scenes.vocabulary())
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=3,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            tie_word_embeddings=True,
+        )
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=6, attention_head_dim=32, text_dim=128, freq_dim=128, ffn_dim=768, num_layers=6
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=transformer,
+        # At full size a processor takes longest: few channels there, more where the picture is small.
+        vae=AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 4, 8], z_dim=16),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=5.0
+        ),
+    )
+
+
+def train_vae(pipeline: Any, run: training.Run, device: torch.device, seed: int, batch: int) -> None:
+    """Teach the autoencoder single pictures, short clips and, less often, longer ones."""
+    vae = pipeline.vae
+    if run.step == 0:
+        begin_with_little_noise(vae)
+    pool = scenes.draw_scenes(20000 if device.type == "cuda" else 16, seed, video=True)
+    chance = random.Random(seed)
+    for _ in run:
+        width, height = chance.choices(SIZES, _SHARE_OF_SIZES)[0]
+        frames = chance.choices((1, 9, 17, 33), (0.1, 0.3, 0.5, 0.1))[0]
+        rows = max(1, batch * 9 // max(9, frames))
+        drawn = chance.choices(pool, k=rows)
+        # A part of a whole video, at its true speed or faster.
+        whole = scenes.render_frames(drawn, width, height, FRAMES, device)
+        pace = chance.choice((1, 1, 2)) if frames < 33 else 1
+        first = chance.randint(0, FRAMES - 1 - (frames - 1) * pace)
+        clip = whole[:, :, first : first + (frames - 1) * pace + 1 : pace]
+        posterior = encode_whole(vae, clip)
+        latents = posterior.sample()
+        error = decode_whole(vae, latents) - clip
+        square, kl = error.square().mean(), posterior.kl().mean() / latents[0].numel()
+        run.learn(4 * square + error.abs().mean() + _KL_WEIGHT * kl, square=square, kl=kl)
+    run.average()
+    measure_latents(vae, pool[:256], device)
+
+
+def begin_with_little_noise(vae: Any) -> None:
+    """Let the untrained encoder say that it is sure.
+
+    Under the noise of its first guess all latents look alike, and the decoder learns to do without them.
+    """
+    channels = vae.config.z_dim
+    with torch.no_grad():
+        vae.quant_conv.weight[channels:].mul_(0.1)
+        vae.quant_conv.bias[channels:].fill_(-6)
+
+
+def encode_whole(vae: Any, clip: torch.Tensor) -> Any:
+    """What ``vae.encode`` makes of ``clip``, all frames in one pass instead of four at a time."""
+    states = vae.encoder.conv_in(clip)
+    for layer in vae.encoder.down_blocks:
+        states = _resampled(layer, states)
+    states = vae.encoder.conv_out(vae.encoder.nonlinearity(vae.encoder.norm_out(vae.encoder.mid_block(states))))
+    return DiagonalGaussianDistribution(vae.quant_conv(states))
+
+
+def decode_whole(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """What ``vae.decode`` makes of ``latents``, in one pass, and without its last clamp, which stops gradients."""
+    decoder = vae.decoder
+    states = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
+    for block in decoder.up_blocks:
+        for layer in (*block.resnets, *(block.upsamplers or ())):
+            states = _resampled(layer, states)
+    result: torch.Tensor = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(states)))
+    return result
+
+
+def _resampled(layer: Any, states: torch.Tensor) -> torch.Tensor:
+    """``layer`` on a whole clip. Its first frame is never joined with others, and never doubled."""
+    mode = getattr(layer, "mode", "")
+    if mode == "upsample3d" and states.shape[2] > 1:
+        later = states[:, :, 1:]
+        batch, channels, count, height, width = later.shape
+        doubled = layer.time_conv(later).view(batch, 2, channels, count, height, width)
+        later = doubled.permute(0, 2, 3, 1, 4, 5).reshape(batch, channels, 2 * count, height, width)
+        states = torch.cat([states[:, :, :1], later], 2)
+    states = layer(states)
+    if mode == "downsample3d" and states.shape[2] > 1:
+        states = torch.cat([states[:, :, :1], layer.time_conv(states)], 2)
+    return states
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def measure_latents(vae: Any, drawn: list[scenes.Scene], device: torch.device) -> None:
+    """Write mean and spread of the latents into the configuration, where the pipeline looks for them."""
+    encoded = []
+    for i in range(0, len(drawn), 16):
+        clip = scenes.render_frames(drawn[i : i + 16], *SIZES[0], 33 if device.type == "cuda" else 5, device)
+        encoded.append(encode_whole(vae, clip).mean)
+    latents = torch.cat(encoded)
+    vae.register_to_config(
+        latents_mean=[round(float(value), 5) for value in latents.mean((0, 2, 3, 4))],
+        latents_std=[round(float(value), 5) for value in latents.std((0, 2, 3, 4))],
+    )
+
+
+def normalised(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as the transformer sees them."""
+    mean, spread = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents - mean) / spread
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def encode_scenes(
+    vae: Any, drawn: list[scenes.Scene], width: int, height: int, frames: int, device: torch.device
+) -> torch.Tensor:
+    """Normalised latents of all scenes."""
+    encoded, size = [], 64 if frames > 1 else 1024
+    for i in range(0, len(drawn), size):
+        clip = scenes.render_frames(drawn[i : i + size], width, height, frames, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            latents = encode_whole(vae, clip).mean
+        encoded.append(normalised(vae, latents.float()).half())
+    return torch.cat(encoded)
+
+
+def encode_text(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What WAN's pipeline makes of a prompt: the states of its tokens, then zeros."""
+    ids = ids.long()
+    mask = ids != 0
+    states = text_encoder(ids, attention_mask=mask.long()).last_hidden_state * mask[..., None]
+    return functional.pad(states, (0, 0, 0, _TEXT_LENGTH - ids.shape[1]))
+
+
+def train_transformer(
+    pipeline: Any, run: training.Run, device: torch.device, seed: int, batch: int, count: int, plain_part: float
+) -> None:
+    """Teach the transformer and the text encoder what captions mean."""
+    chance = random.Random(seed + 1)
+    drawn = scenes.draw_scenes(count, seed + 1, video=True)
+    pictures = scenes.draw_scenes(count, seed + 2, video=False)
+    # Videos of both shapes, then pictures of both: (latents, captions), and how often each is drawn.
+    pools: list[tuple[torch.Tensor, torch.Tensor]] = []
+    shares: list[float] = []
+    for frames, share_of_kind in ((FRAMES, 0.9), (1, 0.1)):
+        for (width, height), share in zip(SIZES, _SHARE_OF_SIZES, strict=True):
+            # A request for one picture may speak of motion as well.
+            source = drawn if frames > 1 else [*pictures, *drawn]
+            part = chance.sample(source, max(batch, int(count * share))) if count > batch else source
+            latents = encode_scenes(pipeline.vae, part, width, height, frames, device)
+            texts = [scenes.caption(scene, chance) for scene in part for _ in range(_CAPTIONS)]
+            pools.append(
+                (
+                    latents,
+                    training.token_rows(pipeline.tokenizer, texts, _MOST_TOKENS)
+                    .view(len(part), _CAPTIONS, -1)
+                    .to(device),
+                )
+            )
+            shares.append(share_of_kind * share)
+            logger.info(
+                "%d scenes encoded, mean %.3f, std %.3f", len(part), latents.float().mean(), latents.float().std()
+            )
+    fillers = training.token_rows(
+        pipeline.tokenizer, [scenes.filler(chance) for _ in range(_FILLERS)], _MOST_TOKENS
+    ).to(device)
+
+    for _ in run:
+        chosen = chance.choices(range(len(pools)), shares)[0]
+        latents, ids = pools[chosen]
+        rows_wanted = batch if latents.shape[2] > 1 else batch * 4
+        is_plain = run.done < plain_part
+        if not is_plain:
+            rows_wanted //= 2
+        rows = torch.randint(len(latents), (rows_wanted,), device=device)
+        clean = latents[rows].float()
+        told = ids[rows, torch.randint(_CAPTIONS, (rows_wanted,), device=device)]
+        untold = fillers[torch.randint(_FILLERS, (rows_wanted,), device=device)]
+        even = torch.rand(rows_wanted, device=device)
+        sigma = _SHIFT * even / (1 + (_SHIFT - 1) * even)
+        noise = torch.randn_like(clean)
+        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+        target = noise - clean
+        if is_plain:
+            is_untold = torch.rand(rows_wanted, 1, device=device) < 0.12
+            text = torch.where(is_untold, untold, told)
+        else:
+            text, noisy, sigma = torch.cat([told, untold]), noisy.repeat(2, 1, 1, 1, 1), sigma.repeat(2)
+        with torch.autocast(device.type, torch.bfloat16):
+            states = encode_text(pipeline.text_encoder, text)
+            predicted = pipeline.transformer(noisy, sigma * 1000, states, return_dict=False)[0].float()
+        if is_plain:
+            run.learn(functional.mse_loss(predicted, target))
+            continue
+        with_text, without = predicted.chunk(2)
+        guided = without.detach() + GUIDANCE * (with_text - without.detach())
+        guided_loss, plain_loss = functional.mse_loss(guided, target), functional.mse_loss(without, target)
+        run.learn(guided_loss + plain_loss, guided=guided_loss, untold=plain_loss)
+    run.average()
+
+
+def load(directory: Path) -> Any:
+    """An exported model, in single precision."""
+    single: dict[str, Any] = {"local_files_only": True}
+    return WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(directory / "tokenizer", **single),
+        text_encoder=UMT5EncoderModel.from_pretrained(directory / "text_encoder", dtype=torch.float32, **single),
+        transformer=WanTransformer3DModel.from_pretrained(
+            directory / "transformer", torch_dtype=torch.float32, **single
+        ),
+        vae=AutoencoderKLWan.from_pretrained(directory / "vae", torch_dtype=torch.float32, **single),
+        scheduler=UniPCMultistepScheduler.from_pretrained(directory / "scheduler", **single),
+    )
+
+
+def main() -> None:
+    """Train, and write the model down."""
+    parser = training.arguments(__doc__)
+    parser.add_argument("--vae-steps", type=int, default=5000)
+    parser.add_argument("--vae-seconds", type=float, default=1e6)
+    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--seconds", type=float, default=1e6)
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--plain-part", type=float, default=PLAIN_PART, help="part of the training without guidance")
+    chosen = parser.parse_args()
+    device = training.start(chosen.seed)
+    pipeline = load(chosen.weights) if chosen.weights else make_pipeline()
+    for part in (pipeline.vae, pipeline.transformer, pipeline.text_encoder):
+        logger.info("%s: %.2f M weights", type(part).__name__, sum(p.numel() for p in part.parameters()) / 1e6)
+        part.to(device).train()
+    if not chosen.weights:
+        vae_run = training.Run(
+            "wan_vae",
+            [pipeline.vae],
+            work=chosen.work,
+            steps=chosen.vae_steps,
+            seconds=chosen.vae_seconds,
+            rate=5e-4,
+            warm_up=50,
+        )
+        train_vae(pipeline, vae_run, device, chosen.seed, min(48, chosen.batch))
+    pipeline.vae.requires_grad_(False)
+    with torch.no_grad():
+        unseen = scenes.draw_scenes(8 if device.type == "cuda" else 1, 7, video=True, held_out=True)
+        clip = scenes.render_frames(unseen, *SIZES[0], FRAMES, device)
+        seen_again = pipeline.vae.decode(pipeline.vae.encode(clip).latent_dist.mean).sample
+        by_frame = [round(training.psnr(seen_again[:, :, i], clip[:, :, i]), 1) for i in (0, 1, 8, 16, 32, 48, 64, 80)]
+        logger.info("VAE on held-out scenes: %.2f dB; frames %s", training.psnr(seen_again, clip), by_frame)
+    run = training.Run(
+        "wan_transformer",
+        [pipeline.transformer, pipeline.text_encoder],
+        work=chosen.work,
+        steps=chosen.steps,
+        seconds=chosen.seconds,
+        rate=chosen.rate,
+    )
+    train_transformer(pipeline, run, device, chosen.seed, chosen.batch, chosen.scenes or 20000, chosen.plain_part)
+    training.export(pipeline, chosen.directory, VARIANT)
+    logger.info("written to %s", chosen.directory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What the training scripts share: an end that comes on time, averaged weights, logs, checkpoints, export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two checkpoints.
+_CHECKPOINT_EVERY = 60.0
+_LOGGED_EVERY = 50
+
+
+def start(seed: int) -> torch.device:
+    """Seed everything, and say where to work."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for noisy in ("transformers", "diffusers", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The command line that all training scripts have."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, help="where to write the model, in the diffusers layout")
+    parser.add_argument("--work", type=Path, default=Path("build/training"), help="logs and checkpoints to go on from")
+    parser.add_argument("--weights", type=Path, help="begin with the weights of an exported model")
+    parser.add_argument("--seed", type=int, default=20251122)
+    parser.add_argument("--scenes", type=int, help="how many scenes to draw")
+    return parser
+
+
+class Run:
+    """One model's training: steps until a number of them or a time is reached, whichever is first.
+
+    Learning rates follow the part that is done, so that a run always ends with small steps,
+    on a slow machine too.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        modules: Sequence[torch.nn.Module],
+        *,
+        work: Path,
+        steps: int,
+        seconds: float,
+        rate: float,
+        decay: float = 0.999,
+        warm_up: int = 200,
+    ) -> None:
+        self.name, self.modules, self.work = name, list(modules), work
+        self.steps, self.seconds, self.rate, self.warm_up = steps, seconds, rate, warm_up
+        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=self.parameters[0].is_cuda
+        )
+        self.decay = decay
+        self.averaged = [p.detach().clone() for p in self.parameters]
+        self.step, self.spent = 0, 0.0
+        self.log: list[dict[str, float]] = []
+        self._sums: dict[str, torch.Tensor] = {}
+        self._saved = time.monotonic()
+        work.mkdir(parents=True, exist_ok=True)
+        if self._checkpoint.is_file():
+            self._resume()
+
+    @property
+    def done(self) -> float:
+        """The part of the run that is done, from 0 to 1."""
+        return min(1.0, max(self.step / max(1, self.steps), self.spent / self.seconds))
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the steps that are left."""
+        begun = time.monotonic() - self.spent
+        while self.done < 1.0:
+            falling = 0.5 + 0.5 * math.cos(math.pi * self.done) + 0.002
+            rate = self.rate * min(1.0, (self.step + 1) / self.warm_up) * falling
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            yield self.step
+            self.spent = time.monotonic() - begun
+            if time.monotonic() - self._saved > _CHECKPOINT_EVERY:
+                self.save()
+        self.save()
+
+    def learn(self, loss: torch.Tensor, **parts: torch.Tensor) -> None:
+        """One step against ``loss``; it and ``parts`` go into the log."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(self.decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], 1 - keep)
+        for key, value in {"loss": loss, **parts}.items():
+            self._sums[key] = self._sums.get(key, torch.zeros((), device=loss.device)) + value.detach().float()
+        if self.step % _LOGGED_EVERY == 0:
+            means = {key: round(float(value) / _LOGGED_EVERY, 5) for key, value in self._sums.items()}
+            self._sums = {}
+            self.log.append({"step": self.step, "seconds": round(self.spent, 1), **means})
+            if self.step % (10 * _LOGGED_EVERY) == 0:
+                logger.info("%s %s", self.name, self.log[-1])
+
+    def average(self) -> None:
+        """Put the averaged weights into the modules."""
+        with torch.no_grad():
+            for parameter, averaged in zip(self.parameters, self.averaged, strict=True):
+                parameter.copy_(averaged)
+
+    def save(self) -> None:
+        """Write down what going on needs, and the loss curve."""
+        self._saved = time.monotonic()
+        state = {
+            "modules": [module.state_dict() for module in self.modules],
+            "optimizer": self.optimizer.state_dict(),
+            "averaged": self.averaged,
+            "step": self.step,
+            "spent": self.spent,
+            "log": self.log,
+        }
+        unfinished = self._checkpoint.with_suffix(".part")
+        torch.save(state, unfinished)
+        unfinished.replace(self._checkpoint)
+        (self.work / f"{self.name}.json").write_text(json.dumps(self.log), "utf-8")
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.work / f"{self.name}.pt"
+
+    def _resume(self) -> None:
+        state: dict[str, Any] = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        for module, weights in zip(self.modules, state["modules"], strict=True):
+            module.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for averaged, saved in zip(self.averaged, state["averaged"], strict=True):
+            averaged.copy_(saved)
+        self.step, self.spent, self.log = state["step"], state["spent"], state["log"]
+        logger.info("%s goes on from step %d", self.name, self.step)
+
+
+def export(pipeline: Any, directory: Path, variant: str) -> None:
+    """Write ``pipeline`` in half precision, in files that a repository takes, with its ``variant.toml``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for component in list(pipeline.components.values()):
+        if isinstance(component, torch.nn.Module):
+            component.to("cpu", torch.float16)
+    pipeline.save_pretrained(str(directory), max_shard_size="13MB")
+    (directory / "variant.toml").write_text(variant, "utf-8")
+
+
+def token_rows(tokenizer: Any, texts: Sequence[str], length: int) -> torch.Tensor:
+    """Tokens of many texts as int16, filled up to ``length``, the last token kept where a text is cut."""
+    rows = np.full((len(texts), length), tokenizer.pad_token_id, np.int16)
+    for begin in range(0, len(texts), 20000):
+        for row, ids in enumerate(tokenizer(texts[begin : begin + 20000], truncation=False).input_ids, begin):
+            kept = ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+            rows[row, : len(kept)] = kept
+    return torch.from_numpy(rows)
+
+
+def psnr(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures from -1 to 1, the mean over the first axis."""
+    error = ((ours.float() - exact.float()) ** 2).flatten(1).mean(1) / 4
+    return float((-10 * torch.log10(error.clamp(min=1e-10))).mean())
+
+
+def bytes_of(pictures: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Pictures from -1 to 1, channels first, as bytes with the channels last."""
+    scaled = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    result: np.ndarray[Any, np.dtype[np.uint8]] = scaled.movedim(1, -1).cpu().numpy()
+    return result
