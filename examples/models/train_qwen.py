@@ -48,7 +48,7 @@ _WRAPPED = ("{}", "{}", "{}", "{}", "Prompt: {}", "Expand this prompt: {}", '"{}
 
 VARIANT = """\
 # A small chat model that expands prompts about coloured shapes; see README.md.
-name = "demo-qwen"
+name = "demo"
 family = "qwen"
 """
 

@@ -43,7 +43,7 @@ _KL_WEIGHT = 2e-4
 
 VARIANT = """\
 # A small model that draws coloured shapes; see README.md. 1024*1024 is 128x128 here.
-name = "demo-sdxl"
+name = "demo"
 family = "sdxl"
 size_scale = 0.125
 size_multiple_of = 32
