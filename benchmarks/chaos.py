@@ -385,8 +385,9 @@ class Arena:
     def marks(self, what: str = "start") -> list[tuple[str, float]]:
         """The executions so far, as (job, time)."""
         with contextlib.suppress(FileNotFoundError):
-            lines = [line.split() for line in (self.directory / "marks").read_text().splitlines()]
-            return [(job_id, float(at)) for kind, job_id, at in lines if kind == what]
+            *lines, _ = (self.directory / "marks").read_text().split("\n")  # the last may be half written
+            marks = [line.split() for line in lines]
+            return [(job_id, float(at)) for kind, job_id, at in marks if kind == what]
         return []
 
     def is_over(self) -> bool:

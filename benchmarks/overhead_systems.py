@@ -163,7 +163,7 @@ class Saq(System):
             note(pushed_at)
 
         async def run() -> None:
-            await Worker(Queue.from_url(URL), functions=[saq_noop], concurrency=1).start()
+            await Worker(Queue.from_url(URL), functions=[("saq_noop", saq_noop)], concurrency=1).start()
 
         asyncio.run(run())
 
