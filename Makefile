@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLUGINS := $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 DEMO := demo-output
 MODELS := $(DEMO)/models
-SOURCES := ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs
+SOURCES := conftest.py ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs
 # One thread for each process of torch: the suite runs as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -16,7 +16,7 @@ demo: $(VENV)/installed $(MODELS)/made
 		$(BIN)/ourvidz --log-level warning demo --messages examples/demo --out $(DEMO)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed
 	$(BIN)/ruff format $(if $(CI),--check) $(SOURCES)
@@ -31,6 +31,8 @@ docs: $(VENV)/installed
 
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python -m benchmarks.chaos
+	$(BIN)/python benchmarks/overhead.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -17,6 +17,7 @@ from typing import IO, Protocol
 
 from ourvidz_core.engine.processes import ENGINE_MARK, ending_of, kill_marked, kill_session, last_exception, new_mark
 from ourvidz_core.engine.protocol import (
+    JOB_MARK,
     CancelJob,
     Channel,
     EngineMessage,
@@ -159,8 +160,6 @@ class EngineProcess:
     ) -> FinishedGeneration:
         """Generate ``job``; see :meth:`Engine.run`. Starts the engine where none runs."""
         self.start(cancelled)
-        assert self._log is not None
-        self._log.begin()
         answer: JobFinished | JobBroken | None = None
         try:
             request = RunJob(job=job, work_dir=work_dir, timeout_seconds=timeout_seconds)
@@ -277,10 +276,6 @@ class _EngineLog:
         self._thread = threading.Thread(target=self._drain, name="engine-log", daemon=True)
         self._thread.start()
 
-    def begin(self) -> None:
-        """Forget what was logged of earlier jobs: it does not explain what becomes of this one."""
-        self._lines.clear()
-
     def end(self) -> str:
         """The line that says most about the end: a fatal error, an exception's message, else the last one."""
         self._thread.join(timeout=0.5)
@@ -295,5 +290,8 @@ class _EngineLog:
         with self._stream:
             while line := self._stream.readline(8192):
                 text = line.decode("utf-8", "replace").rstrip()
+                if text == JOB_MARK:
+                    self._lines.clear()  # what earlier jobs logged does not explain what becomes of this one
+                    continue
                 self._lines.append(text)
                 logger.debug("engine: %s", text)

@@ -25,6 +25,8 @@ from ourvidz_core.wire.payloads import converter, faults_of
 
 #: A result names its files; it does not carry them.
 MAX_MESSAGE_BYTES = 16_000_000
+#: A line of the engine's stderr: what follows is of a new job. Said there because only there the order is sure.
+JOB_MARK = "--- ourvidz: a job begins ---"
 
 
 @frozen(kw_only=True)

@@ -20,6 +20,7 @@ from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.perform import perform
 from ourvidz_core.engine.processes import ENGINE_MARK, kill_marked, kill_session
 from ourvidz_core.engine.protocol import (
+    JOB_MARK,
     CancelJob,
     Channel,
     EngineReady,
@@ -60,6 +61,8 @@ class EngineServer:
             self._channel.send(self._work(self._jobs.get()))
 
     def _work(self, request: RunJob) -> JobFinished | JobBroken:
+        sys.stderr.write(f"\n{JOB_MARK}\n")  # a plugin may have left half a line
+        sys.stderr.flush()
         context = EngineContext(
             work_dir=request.work_dir,
             models=self._models,
