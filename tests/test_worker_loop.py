@@ -257,8 +257,9 @@ def test_a_worker_that_was_frozen_beyond_its_lease_does_not_send_processing(benc
     bench = bench_of(lease_seconds=1e-6)
     bench.push("a")
     bench.thread.start()
-    assert bench.engine.started.wait(5)
-    assert bench.callbacks.attempts == []
+    # Its own reaper may take the job back before the engine gets it: then it starts again, as a second attempt.
+    bench.wait_for(lambda: bench.engine.started.is_set() or bench.queue.depth(QUEUE).retrying)
+    assert not [sent for sent in bench.callbacks.attempts if b'"processing"' in sent.body]
 
 
 def test_a_job_that_does_not_get_on_for_longer_than_any_may_loses_its_lease(bench_of: Callable[..., Bench]) -> None:
