@@ -114,7 +114,6 @@ class Worker:
         self._stopping = threading.Event()
         self._handing_back = threading.Event()
         self._closed = threading.Event()
-        self._settled = 0
         self._random = random.Random()
         self._dispatcher = CallbackDispatcher(
             parts.queue,
@@ -293,7 +292,6 @@ class Worker:
         finally:
             with self._changed:
                 self._active.pop(claim.token, None)
-                self._settled += 1
                 self._changed.notify_all()
 
     def _settle(self, active: _Active, outcome: Outcome) -> None:
