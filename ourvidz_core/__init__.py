@@ -23,6 +23,7 @@ from ourvidz_core.plugins.hookspecs import hookimpl
 from ourvidz_core.wire.artifacts import Artifact, Generation
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.events import Event
+from ourvidz_core.wire.findings import Check, Finding
 from ourvidz_core.wire.job_types import ContentType, JobType, Quality
 from ourvidz_core.wire.jobs import Job, Reference, ReferenceMode, References, seed_of
 from ourvidz_core.wire.payloads import Payload
@@ -32,10 +33,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "Check",
     "Command",
     "ContentType",
     "Event",
     "Fault",
+    "Finding",
     "Generation",
     "GenerationError",
     "Job",

@@ -9,7 +9,7 @@ hook wrappers, ``enrich_metadata`` and ``handle_event`` apply to every job.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pluggy
 
@@ -17,6 +17,7 @@ from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.wire.artifacts import Artifact, Generation
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.events import Event
+from ourvidz_core.wire.findings import Check
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job
 from ourvidz_core.wire.payloads import Payload
@@ -24,6 +25,15 @@ from ourvidz_core.wire.payloads import Payload
 PROJECT = "ourvidz"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+Section = TypeVar("Section")
+
+
+class ReadSettings(Protocol):
+    """Reads a plugin's own settings: see :func:`ourvidz_core.settings.load_section`."""
+
+    def __call__(self, section: type[Section]) -> Section:
+        """The settings of ``section``."""
+        ...
 
 
 @hookspec
@@ -115,4 +125,18 @@ def handle_event(event: Event) -> None:
     raises is logged and the others still hear the event. Must be fast.
 
     Example: ``if isinstance(event, JobFailed): failures.labels(event.error_type).inc()``
+    """
+
+
+@hookspec
+def doctor_checks(settings: ReadSettings) -> Iterable[Check]:  # type: ignore[empty-body]
+    """Say what ``ourvidz doctor`` shall look at for this plugin, above all its models.
+
+    Called by ``ourvidz doctor`` and before a worker takes jobs; every plugin is asked, each
+    guarded. ``settings(MySettings)`` reads the plugin's own settings. Must be fast: the
+    work is in each check's ``run``, which may take until its ``timeout_seconds``, imports
+    nothing heavy and never touches the device. A red finding with ``job_types`` keeps those
+    types from the worker that found it; only ``is_at_start`` checks are asked then.
+
+    Example: ``yield Check(name="models of acme", run=lambda: look_at(settings(AcmeSettings)), is_at_start=True)``
     """

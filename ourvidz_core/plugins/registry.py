@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,9 +18,11 @@ from attrs import field, frozen
 
 from ourvidz_core.errors import HookFailed, JobError, MetadataClash, OurVidzError, UnknownJobType
 from ourvidz_core.plugins.context import JobContext
+from ourvidz_core.plugins.hookspecs import ReadSettings
 from ourvidz_core.wire.artifacts import Artifact, Generation
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.events import Event
+from ourvidz_core.wire.findings import Check, Finding
 from ourvidz_core.wire.job_types import NAME_PATTERN, JobType
 from ourvidz_core.wire.jobs import Job
 from ourvidz_core.wire.payloads import Payload, shown
@@ -158,6 +160,7 @@ class Registry:
         owners = [plugin for plugin in plugins if plugin.job_types]
         extensions = [plugin for plugin in plugins if not plugin.job_types]
         self._observers = [(plugin.distribution, self._bind("handle_event", plugins, [plugin])) for plugin in plugins]
+        self._checkers = [(plugin.distribution, self._bind("doctor_checks", plugins, [plugin])) for plugin in plugins]
         self._owned: dict[str, OwnedJobType] = {}
         for owner in owners:
             heard = [owner, *extensions]
@@ -201,6 +204,15 @@ class Registry:
             except (Exception, SystemExit):
                 logger.exception("%s failed in handle_event on %s", distribution, type(event).__name__)
 
+    def checks(self, settings: ReadSettings) -> Iterator[Check]:
+        """What the plugins have ``ourvidz doctor`` look at. One that fails to say so is a check that fails."""
+        for distribution, hook in self._checkers:
+            try:
+                # Where a plugin has wrapped the hook, its answer may be a generator that raises only here.
+                yield from [check for answer in hook(settings=settings) for check in answer]
+            except (Exception, SystemExit) as error:
+                yield Check(name=f"checks of {distribution}", run=_raises(error), is_at_start=True)
+
     def _bind(self, name: str, plugins: Sequence[Owner], heard: Sequence[Owner]) -> pluggy.HookCaller:
         kept = {plugin.distribution for plugin in heard}
         left_out = [
@@ -211,6 +223,13 @@ class Registry:
 
 def _failure_of(distribution: str, hook: str) -> Callable[[str], HookFailed]:
     return lambda reason: HookFailed(f"{distribution} failed in {hook}: {reason}")
+
+
+def _raises(error: BaseException) -> Callable[[], list[Finding]]:
+    def run() -> list[Finding]:
+        raise error
+
+    return run
 
 
 def _guarded(ask: Callable[[], Any], failed: Callable[[str], HookFailed]) -> Any:
