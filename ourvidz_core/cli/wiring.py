@@ -12,6 +12,7 @@ from attrs import frozen
 from ourvidz_core.settings import Settings, engine_environment, variable_of
 
 if TYPE_CHECKING:
+    from ourvidz_core.delivery.board import Board
     from ourvidz_core.delivery.callbacks import CallbackClient
     from ourvidz_core.delivery.queue import Queue
     from ourvidz_core.delivery.references import ReferenceSource
@@ -41,6 +42,19 @@ def make_queue(settings: Settings) -> Queue:
         duplicate_window=settings.duplicate_window_seconds,
         on_close=server.close,
     )
+
+
+def make_board(settings: Settings) -> Board:
+    """The board on the Redis that the settings name, or on the embedded one."""
+    from ourvidz_core.delivery.board import RedisBoard
+
+    address = settings.redis_address
+    if address is not None:
+        return RedisBoard.connect(address)
+    from ourvidz_core.delivery.embedded import EmbeddedRedis
+
+    server = EmbeddedRedis(settings.state_dir / "redis")
+    return RedisBoard.connect(server.address, on_close=server.close)
 
 
 def make_storage(settings: Settings) -> Storage:

@@ -116,7 +116,7 @@ class RedisQueue:
         :raises QueueUnsupported: it lacks something without which nothing works.
         """
         probe = _name("ourvidz", "probe")
-        with _translated():
+        with translated():
             try:
                 self._client.blmove(probe, probe, cast(int, 0.01), "RIGHT", "RIGHT")
             except ReadOnlyError:
@@ -167,7 +167,7 @@ class RedisQueue:
             return None
 
     def push(self, queue: str, raw: bytes) -> None:
-        with _translated():
+        with translated():
             if self._side is PopSide.RIGHT:
                 self._client.lpush(queue, raw)
             else:
@@ -260,7 +260,7 @@ class RedisQueue:
         return Recovery(recovered=tuple(recovered), given_up=tuple(given_up))
 
     def request_cancel(self, queue: str, key: str) -> None:
-        with _translated():
+        with translated():
             self._client.sadd(_name(queue, "cancel"), _bytes(key))
 
     def cancel_requests(self, queues: Sequence[str], claims: Sequence[Claim]) -> CancelRequests:
@@ -314,23 +314,23 @@ class RedisQueue:
         self._settle(callback, "given_up")
 
     def dead_letters(self, queue: str) -> list[DeadLetter]:
-        with _translated():
+        with translated():
             entries = cast(list[bytes], self._client.lrange(_name(queue, "dead"), 0, -1))
         return [decode_dead_letter(entry) for entry in entries]
 
     def undelivered(self, queue: str) -> list[QueuedCallback]:
-        with _translated():
+        with translated():
             rows = cast(list[bytes], self._client.lrange(_name(queue, "undelivered"), 0, -1))
         return [decode_callback(queue, row) for row in rows]
 
     def peek(self, queue: str, limit: int) -> list[bytes]:
-        with _translated():
+        with translated():
             if self._side is PopSide.LEFT:
                 return cast(list[bytes], self._client.lrange(queue, 0, limit - 1))
             return cast(list[bytes], self._client.lrange(queue, -limit, -1))[::-1]
 
     def in_flight(self, queue: str) -> list[JobInFlight]:
-        with _translated(), self._client.pipeline(transaction=False) as pipe:
+        with translated(), self._client.pipeline(transaction=False) as pipe:
             pipe.hgetall(_name(queue, "meta"))
             pipe.zrange(_name(queue, "lease"), 0, -1, withscores=True)
             pipe.time()
@@ -359,13 +359,13 @@ class RedisQueue:
         return self._settle_dead(queue, letter, "drop") == 1
 
     def waiting_callbacks(self, queue: str) -> list[QueuedCallback]:
-        with _translated():
+        with translated():
             rows = cast(list[bytes], self._client.hvals(_name(queue, "rows")))
         return [decode_callback(queue, row) for row in rows]
 
     def replay(self, callback: QueuedCallback) -> bool:
         fresh = attrs.evolve(callback, failures=0, first_tried_at=0.0)
-        with _translated():
+        with translated():
             given_up = cast(list[bytes], self._client.lrange(_name(callback.queue, "undelivered"), 0, -1))
         entry = next((row for row in given_up if decode_callback(callback.queue, row) == callback), b"")
         answer = self._run(
@@ -377,7 +377,7 @@ class RedisQueue:
         return bool(answer)
 
     def depth(self, queue: str) -> QueueDepth:
-        with _translated(), self._client.pipeline(transaction=False) as pipe:
+        with translated(), self._client.pipeline(transaction=False) as pipe:
             pipe.llen(queue)
             pipe.zcard(_name(queue, "lease"))
             pipe.zcard(_name(queue, "retry"))
@@ -401,7 +401,7 @@ class RedisQueue:
         self._on_close()
 
     def _settle_dead(self, queue: str, letter: DeadLetter, verdict: str) -> int:
-        with _translated():
+        with translated():
             entries = cast(list[bytes], self._client.lrange(_name(queue, "dead"), 0, -1))
         entry = next((entry for entry in entries if decode_dead_letter(entry) == letter), b"")
         answer = self._run(
@@ -421,7 +421,7 @@ class RedisQueue:
         )
 
     def _run(self, script: str, queue: str, names: Sequence[str], arguments: Sequence[Any]) -> Any:
-        with _translated():
+        with translated():
             return self._scripts[script](keys=list(_keys(queue, tuple(names))), args=arguments)
 
 
@@ -498,7 +498,7 @@ def _name(queue: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
     """Redis's errors in our words."""
     try:
         yield
