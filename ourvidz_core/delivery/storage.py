@@ -53,6 +53,32 @@ class Storage(Protocol):
         ...
 
 
+@frozen(kw_only=True)
+class BucketFacts:
+    """What storage says of one of its buckets; None is no limit."""
+
+    size_limit_bytes: int | None = None
+    media_types: tuple[str, ...] | None = None
+
+
+class InspectableStorage(Storage, Protocol):
+    """A storage that can be looked at before anything depends on it."""
+
+    def look_at(self, bucket: str) -> BucketFacts | None:
+        """What ``bucket`` takes, or None where there is no such bucket. Changes nothing in it.
+
+        :raises StorageError: it cannot be asked, or could not be written to.
+        """
+        ...
+
+    def remove(self, bucket: str, path: str) -> None:
+        """Remove one object that was stored.
+
+        :raises StorageError: it is still there.
+        """
+        ...
+
+
 class SupabaseStorage:
     """Assets in the buckets of a Supabase project, over its HTTP interface."""
 
@@ -89,6 +115,30 @@ class SupabaseStorage:
             sha256=fingerprint.sha256,
         )
         return attrs.evolve(asset, reported_as=self._reported(asset, target))
+
+    def look_at(self, bucket: str) -> BucketFacts | None:
+        """See :meth:`InspectableStorage.look_at`."""
+        target = _Target(bucket, "probe", "", 0)
+        with Deadline(self._timeout_seconds) as deadline:
+            answer = self._ask("GET", f"/bucket/{quote(bucket, safe='')}", target, deadline)
+        if answer.status == 404:
+            return None
+        if not answer.is_success:
+            raise _refusal(answer, target)
+        limit, media_types = answer.json.get("file_size_limit"), answer.json.get("allowed_mime_types")
+        return BucketFacts(
+            size_limit_bytes=limit if isinstance(limit, int) else None,
+            media_types=tuple(map(str, media_types)) if isinstance(media_types, list) and media_types else None,
+        )
+
+    def remove(self, bucket: str, path: str) -> None:
+        """See :meth:`InspectableStorage.remove`."""
+        check_place(bucket, path)
+        target = _Target(bucket, path, "", 0)
+        with Deadline(self._timeout_seconds) as deadline:
+            answer = self._ask("DELETE", f"/object/{target.encoded}", target, deadline)
+        if not answer.is_success:
+            raise StorageUnavailable(f"{target} was not removed; storage answered {answer.status}: {answer.message}")
 
     def close(self) -> None:
         """Close the session, if it was made here."""
@@ -218,6 +268,24 @@ class DirectoryStorage:
             sha256=fingerprint.sha256,
         )
         return attrs.evolve(asset, reported_as=self._reported(asset, destination))
+
+    def look_at(self, bucket: str) -> BucketFacts | None:
+        """See :meth:`InspectableStorage.look_at`. Buckets are made as they are needed."""
+        with writing_to(self.root, bucket):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                file.write(b"probe")
+        return BucketFacts()
+
+    def remove(self, bucket: str, path: str) -> None:
+        """See :meth:`InspectableStorage.remove`. Leaves no empty directories."""
+        check_place(bucket, path)
+        destination = self._destination(bucket, path)
+        with writing_to(self.root, f"{bucket}/{path}"):
+            destination.unlink()
+        with suppress(OSError):  # others' files are there
+            destination.parent.rmdir()
+            (self.root / bucket).rmdir()
 
     def close(self) -> None:
         """There is nothing to close."""

@@ -293,6 +293,8 @@ class SupabaseServer(LocalServer):
         """Route the request, past what was scripted for it."""
         operation = self._operation(request)
         if operation is None:
+            if (managed := self._manage(request)) is not None:
+                return managed
             return _refusal("404", "Not Found", f"Route {request.method}:{request.path} not found", http_status=404)
         waiting = self._scripts.get(operation, [])
         script = waiting.pop(0) if waiting else None
@@ -313,6 +315,31 @@ class SupabaseServer(LocalServer):
     def _plan(self, operation: Operation, script: _Script, times: int) -> None:
         with self._lock:
             self._scripts.setdefault(operation, []).extend([script] * times)
+
+    def _manage(self, request: ReceivedRequest) -> Answer | None:
+        """Look at a bucket, or remove an object; never scripted, since no job depends on it."""
+        route = request.path.removeprefix("/storage/v1/")
+        kind, _, rest = route.partition("/")
+        if (request.method, kind) not in (("GET", "bucket"), ("DELETE", "object")) or route == request.path:
+            return None
+        if request.headers.get("authorization") != f"Bearer {self.key}":
+            return _refusal("403", "Unauthorized", "Invalid Compact JWS")
+        if kind == "object":
+            name, _, path = rest.partition("/")
+            if self.objects.pop((name, path), None) is None:
+                return _refusal("404", "not_found", "Object not found")
+            return Answer.of_json({"message": "Successfully deleted"})
+        bucket = self.buckets.get(rest)
+        if bucket is None:
+            return _refusal("404", "Bucket not found", "Bucket not found")
+        described = {
+            "id": rest,
+            "name": rest,
+            "public": bucket.is_public,
+            "file_size_limit": bucket.size_limit_bytes,
+            "allowed_mime_types": bucket.media_types,
+        }
+        return Answer.of_json(described)
 
     def _operation(self, request: ReceivedRequest) -> Operation | None:
         path = request.path
