@@ -16,10 +16,12 @@ from ourvidz_core.errors import (
     ModelUnavailable,
     OutOfMemory,
     PayloadError,
+    PolicyRefused,
 )
 from ourvidz_core.plugins.context import JobContext, Models
 from ourvidz_core.plugins.defaults import default_config, default_job, expected_seconds_of
 from ourvidz_core.plugins.hookspecs import hookimpl
+from ourvidz_core.settings import load_section
 from ourvidz_core.wire.artifacts import Artifact, Generation
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.events import Event
@@ -52,6 +54,7 @@ __all__ = [
     "OutOfMemory",
     "Payload",
     "PayloadError",
+    "PolicyRefused",
     "Quality",
     "Reference",
     "ReferenceMode",
@@ -60,5 +63,6 @@ __all__ = [
     "default_job",
     "expected_seconds_of",
     "hookimpl",
+    "load_section",
     "seed_of",
 ]

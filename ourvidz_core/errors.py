@@ -14,6 +14,7 @@ error says what happened, to which thing, and what to do now.
     ├── JobError                   one job cannot go on; becomes its ``failed`` callback
     │   ├── PayloadError           the message is wrong; lists every fault with its path
     │   │   └── UnknownJobType     no loaded plugin owns the type
+    │   ├── PolicyRefused          a policy does not let the job, or what it made, pass
     │   ├── ReferenceImageError    a reference image cannot be used
     │   │   ├── ReferenceRefused      its address is not one we fetch from
     │   │   ├── ReferenceUnavailable  it could not be fetched
@@ -134,6 +135,14 @@ class PayloadError(JobError):
 
 class UnknownJobType(PayloadError):
     """No loaded plugin owns the type that the message names."""
+
+
+class PolicyRefused(JobError):
+    """A plugin's policy does not let this job be made, or what it made be stored.
+
+    Raise it in ``review_job`` or ``review_artifact``. The message is the reason that the
+    callback shows; keep prompts and what a policy looks for out of it.
+    """
 
 
 class ReferenceImageError(JobError):

@@ -1,12 +1,13 @@
-"""The part of a job's walk that happens beside the device: prepare, command, generate, check."""
+"""The part of a job's walk that happens beside the device: prepare, command, generate, check, review."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -25,28 +26,33 @@ STICKY_DEVICE_ERRORS = ("CUDA error", "device-side assert", "CUBLAS_STATUS_EXECU
 def perform(registry: Registry, job: Job, context: EngineContext) -> FinishedGeneration:
     """Generate ``job`` in ``context.work_dir`` and check what came of it.
 
+    :raises PolicyRefused: a plugin does not let it pass.
     :raises JobError: the hooks failed, or an artifact is not what it should be.
     """
     owned = registry.get(job.job_type)
     started = time.monotonic()
     _forget_peak()
-    try:
+    with _in_our_words():
         prepared = owned.prepare_job(job, context)
+        if prepared != job:
+            owned.review_job(prepared)
         command = owned.build_command(prepared, context)
         generation = owned.generate(prepared, command, context)
-    except JobError as error:
-        raise _machine_error(error) from error
     artifacts = tuple(_checked(artifact, context, owned.job_type.media_type) for artifact in generation.artifacts)
     if prepared.asset_count is not None and len(artifacts) != prepared.asset_count:
         raise ArtifactError(
             f"{prepared.asset_count} files were asked for and {owned.distribution} made {len(artifacts)}"
         )
-    return FinishedGeneration(
+    finished = FinishedGeneration(
         job=prepared,
         generation=attrs.evolve(generation, artifacts=artifacts),
         seconds=time.monotonic() - started,
         device_facts=_device_facts(),
     )
+    with _in_our_words():
+        for artifact in artifacts:
+            owned.review_artifact(prepared, artifact, context)
+    return finished
 
 
 def _checked(artifact: Artifact, context: EngineContext, media_type: str) -> Artifact:
@@ -55,6 +61,14 @@ def _checked(artifact: Artifact, context: EngineContext, media_type: str) -> Art
             f"{artifact.path.name} does not lie in the job's work directory; write to context.output_path(...)"
         )
     return check_artifact(artifact, media_type=media_type)
+
+
+@contextlib.contextmanager
+def _in_our_words() -> Iterator[None]:
+    try:
+        yield
+    except JobError as error:
+        raise _machine_error(error) from error
 
 
 def _machine_error(error: JobError) -> JobError:

@@ -1,9 +1,13 @@
 """The hooks, in the order a job meets them.
 
-A plugin that registers job types is their *owner*: ``parse_job`` to ``choose_bucket``
-are asked of the owner of the job's type and of nobody else, so no plugin needs to
-look at ``job.job_type`` first. A plugin that registers none is an *extension*: its
-hook wrappers, ``enrich_metadata`` and ``handle_event`` apply to every job.
+A plugin that registers job types is their *owner*: where the first answer counts, the
+owner of the job's type is asked and nobody else, so no plugin needs to look at
+``job.job_type`` first. A plugin that registers none is an *extension*: its hook wrappers,
+its reviews, ``enrich_metadata`` and ``handle_event`` apply to every job.
+
+The major version of ``ourvidz-core`` is the version of these hooks. A new hook and a new
+argument come with a minor version; one that shall go is deprecated for two minor versions
+first, and ``ourvidz plugins list`` tells each plugin that still implements it.
 """
 
 from __future__ import annotations
@@ -59,6 +63,19 @@ def parse_job(job_type: JobType, payload: Payload) -> Job | None:
     """
 
 
+@hookspec
+def review_job(job: Job) -> None:
+    """Let the job pass, or refuse it, before anything is fetched or generated.
+
+    Called in the worker after ``parse_job``, and again in the engine where ``prepare_job``
+    has changed the job, for example its prompt; the owner and every extension are asked.
+    Must be fast. Raise ``PolicyRefused`` with the reason to refuse: the job is not tried
+    again. Any other error fails it as well, so nothing passes a policy that is broken.
+
+    Example: ``if "forbidden" in job.prompt: raise PolicyRefused("the prompt is not allowed here")``
+    """
+
+
 @hookspec(firstresult=True)
 def prepare_job(job: Job, context: JobContext) -> Job | None:
     """Change the job before anything is generated, for example its prompt.
@@ -91,6 +108,19 @@ def generate(job: Job, command: Command | None, context: JobContext) -> Generati
     what went wrong; any other exception fails the job under its own name.
 
     Example: ``return Generation(artifacts=context.run(command), facts={"model": "upscale-2"})``
+    """
+
+
+@hookspec
+def review_artifact(job: Job, artifact: Artifact, context: JobContext) -> None:
+    """Let an artifact pass, or refuse the whole job because of it, before anything is uploaded.
+
+    Called in the engine for each artifact after all are made and were found to be whole;
+    the owner and every extension are asked. May be slow and may use the device; a model
+    that it needs is best kept in ``context.models``. Must not change the file. Raise
+    ``PolicyRefused`` with the reason to refuse; any other error fails the job as well.
+
+    Example: ``if is_unsafe(artifact.path): raise PolicyRefused("an image is not allowed here")``
     """
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 from attrs import field, frozen
 
-from ourvidz_core.errors import HookFailed, JobError, MetadataClash, OurVidzError, UnknownJobType
+from ourvidz_core.errors import HookFailed, JobError, MetadataClash, OurVidzError, PolicyRefused, UnknownJobType
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.plugins.hookspecs import ReadSettings
 from ourvidz_core.wire.artifacts import Artifact, Generation
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: The hooks that are asked of the owner of a job's type, and that an extension may only wrap.
 OWNER_HOOKS = ("parse_job", "prepare_job", "build_command", "generate", "choose_bucket")
+#: The hooks that the owner and every extension are asked, each by itself, so that a failure has one name.
+SHARED_HOOKS = ("review_job", "review_artifact", "enrich_metadata")
 
 Answer = TypeVar("Answer")
 
@@ -54,7 +56,8 @@ class OwnedJobType:
     job_type: JobType
     distribution: str
     _hooks: Mapping[str, pluggy.HookCaller] = field(repr=False)
-    _metadata_hooks: tuple[tuple[str, pluggy.HookCaller], ...] = field(repr=False)
+    #: By name of the hook: whoever is asked, as (distribution, hook).
+    _shared_hooks: Mapping[str, tuple[tuple[str, pluggy.HookCaller], ...]] = field(repr=False)
 
     def parse_job(self, payload: Payload) -> Job:
         """Ask for the job of ``payload``; see the hook's specification."""
@@ -63,6 +66,13 @@ class OwnedJobType:
             raise self._failed("parse_job", "it changed the job's id, user_id or job_type")
         self._check_job("parse_job", job)
         return job
+
+    def review_job(self, job: Job) -> None:
+        """Ask everybody whether ``job`` may be made.
+
+        :raises PolicyRefused: somebody refuses it; its details name who.
+        """
+        self._review("review_job", job=job)
 
     def prepare_job(self, job: Job, context: JobContext) -> Job:
         """Ask for the job as it shall be generated."""
@@ -90,6 +100,13 @@ class OwnedJobType:
         _require_json(generation.facts, lambda reason: self._failed("generate", f"facts {reason}"))
         return generation
 
+    def review_artifact(self, job: Job, artifact: Artifact, context: JobContext) -> None:
+        """Ask everybody whether ``artifact`` may be stored.
+
+        :raises PolicyRefused: somebody refuses it; its details name who.
+        """
+        self._review("review_artifact", job=job, artifact=artifact, context=context)
+
     def choose_bucket(self, job: Job, artifact: Artifact) -> str:
         """Ask for the bucket of one artifact; the registered one unless the owner says another."""
         bucket = self._ask_optional("choose_bucket", str, job=job, artifact=artifact)
@@ -106,7 +123,7 @@ class OwnedJobType:
         """
         metadata = dict(measured)
         reported_by = dict.fromkeys(measured, "ourvidz-core")
-        for distribution, hook in self._metadata_hooks:
+        for distribution, hook in self._shared_hooks["enrich_metadata"]:
             failed = _failure_of(distribution, "enrich_metadata")
             for answer in _guarded(lambda hook=hook: hook(job=job, generation=generation), failed):  # type: ignore[misc]
                 if not isinstance(answer, Mapping):
@@ -121,6 +138,21 @@ class OwnedJobType:
                     metadata[key] = value
                     reported_by[key] = distribution
         return metadata
+
+    def _review(self, name: str, **arguments: Any) -> None:
+        for distribution, hook in self._shared_hooks[name]:
+            failed = _failure_of(distribution, name)
+            try:
+                answers = _guarded(lambda hook=hook: hook(**arguments), failed)  # type: ignore[misc]
+            except PolicyRefused as refusal:
+                raise PolicyRefused(
+                    refusal.message, details={**refusal.details, "refused_by": distribution}
+                ) from refusal
+            # Whoever answers False meant to refuse; nothing may pass by such a mistake.
+            for answer in answers:
+                raise failed(
+                    f"it answered {shown(answer)}; to refuse, raise PolicyRefused; to let pass, answer nothing"
+                )
 
     def _check_job(self, hook: str, job: Job) -> None:
         preset = type(self.job_type.preset)
@@ -165,12 +197,13 @@ class Registry:
         for owner in owners:
             heard = [owner, *extensions]
             hooks = {name: self._bind(name, plugins, heard) for name in OWNER_HOOKS}
-            metadata_hooks = tuple(
-                (plugin.distribution, self._bind("enrich_metadata", plugins, [plugin])) for plugin in heard
-            )
+            shared_hooks = {
+                name: tuple((plugin.distribution, self._bind(name, plugins, [plugin])) for plugin in heard)
+                for name in SHARED_HOOKS
+            }
             for job_type in owner.job_types:
                 self._owned[job_type.name] = OwnedJobType(
-                    job_type=job_type, distribution=owner.distribution, hooks=hooks, metadata_hooks=metadata_hooks
+                    job_type=job_type, distribution=owner.distribution, hooks=hooks, shared_hooks=shared_hooks
                 )
 
     @property

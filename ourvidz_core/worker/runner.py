@@ -141,6 +141,7 @@ class JobRunner:
         walk.job_type = job_type if isinstance(job_type, str) and NAME_PATTERN.fullmatch(job_type) else None
         owned, job = self._parse(message)
         walk.job = job
+        owned.review_job(job)
         self._registry.report(events.JobStarted(job_id=job.id, job_type=job.job_type, attempt=walk.attempt))
         walk.watch.on_job(job)
         with self._workspace.job_directory() as directory:
