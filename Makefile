@@ -6,6 +6,8 @@ PLUGINS := $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.
 DEMO := demo-output
 MODELS := $(DEMO)/models
 SOURCES := conftest.py ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs
+# Anew each time, for pages that did not change are not warned about again.
+SITE = $(BIN)/python -m sphinx --quiet --fail-on-warning --fresh-env docs site && $(BIN)/python docs/check_site.py site
 # One thread for each process of torch: the suite runs as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -26,9 +28,11 @@ check: $(VENV)/installed
 	$(BIN)/mypy $(PLUGINS:%=-p ourvidz_%)
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+	$(SITE)
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
+	$(SITE)
 
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/startup.py
@@ -36,7 +40,7 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/overhead.py
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) site
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml examples/models/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \

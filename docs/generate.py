@@ -1,4 +1,4 @@
-"""Write the reference pages that are made from the code, or check that they are up to date.
+"""Write the pages and diagrams that are made from the code, or check that they are up to date.
 
 ``python docs/generate.py`` writes; ``--check`` ends with 1 where a page differs, or where
 a link between pages leads nowhere.
@@ -13,9 +13,11 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
+from urllib.parse import urlsplit
 
 import attrs
 import click
+import diagrams
 from ourvidz_sdxl.settings import SdxlSettings
 from ourvidz_wan.config import WanSettings
 from ourvidz_wan_enhanced.settings import EnhancerSettings
@@ -28,7 +30,7 @@ from ourvidz_core.settings import WELL_KNOWN_NAMES, Settings, load, load_section
 DOCS = Path(__file__).parent
 REFERENCE = DOCS / "reference"
 _NOTE = "<!-- Made by docs/generate.py from the code. Change the code, then run `make docs`. -->\n\n"
-_LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+_LINK = re.compile(r"\]\(([^)#\s]+)")
 #: The settings of the plugins in this repository; another plugin documents its own.
 PLUGIN_SECTIONS: tuple[Any, ...] = (SdxlSettings, WanSettings, EnhancerSettings)
 _OF_THIS_MACHINE = {
@@ -100,15 +102,34 @@ def errors_page() -> str:
 
 
 PAGES = {"settings.md": settings_page, "cli.md": cli_page, "hooks.md": hooks_page, "errors.md": errors_page}
+DIAGRAMS = {"imports.svg": diagrams.imports_diagram, "walk.svg": diagrams.walk_diagram}
+
+
+def made() -> Iterator[tuple[Path, str]]:
+    """Each file that is made from the code, and what belongs into it."""
+    for name, make in PAGES.items():
+        yield REFERENCE / name, _NOTE + _as_markdown(make())
+    for name, draw in DIAGRAMS.items():
+        yield DOCS / "explanation" / name, draw()
 
 
 def broken_links() -> Iterator[str]:
-    """Links between pages of the documentation, the README and the changelog that lead nowhere."""
-    pages = [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md"), *DOCS.parent.glob("plugins/*/README.md")]
-    for page in pages:
+    """Links of pages and READMEs that lead to no file. Addresses elsewhere are looked at, not asked."""
+    root = DOCS.parent
+    for page in [
+        *DOCS.rglob("*.md"),
+        *root.glob("*.md"),
+        *root.glob("plugins/*/README.md"),
+        *root.glob("examples/**/*.md"),
+    ]:
         for target in _LINK.findall(page.read_text("utf-8")):
-            if not (page.parent / target).exists():
-                yield f"{page.relative_to(DOCS.parent)}: {target} does not exist"
+            if not _is_well_formed(target) if ":" in target else not (page.parent / target).exists():
+                yield f"{page.relative_to(root)}: {target} leads nowhere"
+
+
+def _is_well_formed(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme == "https" and "." in (parts.hostname or "") and not parts.username
 
 
 def main() -> int:
@@ -116,12 +137,11 @@ def main() -> int:
     is_check = "--check" in sys.argv
     faults = list(broken_links()) if is_check else []
     REFERENCE.mkdir(exist_ok=True)
-    for name, make in PAGES.items():
-        text, path = _NOTE + _as_markdown(make()), REFERENCE / name
+    for path, text in made():
         if not is_check:
             path.write_text(text, "utf-8")
         elif not path.exists() or path.read_text("utf-8") != text:
-            faults.append(f"docs/reference/{name} does not say what the code does; run make docs")
+            faults.append(f"{path.relative_to(DOCS.parent)} does not say what the code does; run make docs")
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if faults else 0
