@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 PLUGINS := $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 DEMO := demo-output
 MODELS := $(DEMO)/models
-SOURCES := conftest.py ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs
+SOURCES := conftest.py ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs deploy
 # Anew each time, for pages that did not change are not warned about again.
 SITE = $(BIN)/python -m sphinx --quiet --fail-on-warning --fresh-env docs site && $(BIN)/python docs/check_site.py site
 # One thread for each process of torch: the suite runs as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format docs benchmarks clean
+.PHONY: demo test check format docs dist benchmarks clean
 
 demo: $(VENV)/installed $(MODELS)/made
 	OURVIDZ_SDXL_MODEL=demo OURVIDZ_ENHANCER_MODEL=demo OURVIDZ_WAN_CKPT_DIR=$(CURDIR)/$(MODELS)/wan \
@@ -34,13 +34,17 @@ docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
 	$(SITE)
 
+# Under a minute: only what needs no torch is installed with all that it needs.
+dist: $(VENV)/installed
+	$(BIN)/python deploy/dist.py
+
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python benchmarks/overhead.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) site
+	rm -rf $(VENV) $(DEMO) site dist
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml examples/models/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
