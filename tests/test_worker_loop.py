@@ -28,8 +28,9 @@ from ourvidz_core.settings import Settings
 from ourvidz_core.testing.host import PluginHost, plugin_of
 from ourvidz_core.wire.artifacts import FinishedGeneration
 from ourvidz_core.wire.jobs import Job
+from ourvidz_core.worker.parts import WorkerParts
 from ourvidz_core.worker.slot import EngineSlot
-from ourvidz_core.worker.worker import Until, Worker, WorkerParts
+from ourvidz_core.worker.worker import Until, Worker
 
 QUEUE = "acme_queue"
 ACME = """
@@ -245,8 +246,7 @@ def test_processing_is_over_before_a_terminal_report_goes_out_however_slow_the_e
                 raise CallbackUndelivered("no answer")
             send(self, callback_id, job_id, body)
 
-    bench.worker._parts = attrs.evolve(bench.worker._parts, callbacks=(hanging := Hanging()))
-    bench.worker._dispatcher._client = hanging
+    bench.worker._processing._callbacks = bench.worker._dispatcher._client = Hanging()
     bench.push("a")
     bench.thread.start()
     bench.thread.join(10)
@@ -264,7 +264,7 @@ def test_a_worker_that_was_frozen_beyond_its_lease_does_not_send_processing(benc
 
 def test_a_job_that_does_not_get_on_for_longer_than_any_may_loses_its_lease(bench_of: Callable[..., Bench]) -> None:
     bench = bench_of()
-    bench.worker._longest_silence = 0.5
+    bench.worker._keeper._longest_silence = 0.5
     bench.push("stuck")
     bench.thread.start()
     bench.wait_for(lambda: bench.queue.renewals >= 1)

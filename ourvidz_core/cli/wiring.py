@@ -152,7 +152,8 @@ def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
 def make_worker(settings: Settings, registry: Registry, queue: Queue, queues: Sequence[str]) -> Iterator[Worker]:
     """A worker for ``queues``; all but ``queue`` ends with the block."""
     from ourvidz_core.delivery.spool import DirectorySpool
-    from ourvidz_core.worker.worker import Worker, WorkerParts
+    from ourvidz_core.worker.parts import WorkerParts
+    from ourvidz_core.worker.worker import Worker
 
     # What waits for one Redis means nothing to another.
     digest = hashlib.sha256((settings.redis_address or "embedded").encode()).hexdigest()[:16]
