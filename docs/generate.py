@@ -83,6 +83,8 @@ def hooks_page() -> str:
             continue
         answers = "The first answer that is not None counts." if options["firstresult"] else "Every answer counts."
         signature = str(inspect.signature(hook)).replace("'", "")
+        warnings = [options["warn_on_impl"], *(options["warn_on_impl_args"] or {}).values()]
+        answers += "".join(f"\n\n**Deprecated**: {warning}." for warning in warnings if warning is not None)
         parts.append(f"## {name}\n\n```text\n{name}{signature}\n```\n\n{inspect.getdoc(hook)}\n\n{answers}\n")
     return "\n".join(parts)
 

@@ -181,10 +181,22 @@ def test_two_owners_of_one_type_stop_every_command_with_both_names_and_the_cure(
         (("worker",), {"OURVIDZ_LEASE_SECONDS": "soon"}, 2, "OURVIDZ_LEASE_SECONDS"),
         (("worker",), {"OURVIDZ_REQUIRE_PLUGINS": "ourvidz-gone"}, 2, "pip install ourvidz-gone"),
         (("worker",), {"OURVIDZ_ALLOW_PLUGINS": "none"}, 2, "ourvidz plugins list says why"),
+        (("worker", "--require", "ourvidz-toy", "--require", "acme-policy"), {}, 2, "acme-policy is required and"),
+        (("worker", "--require", "ourvidz-toy"), {"OURVIDZ_BLOCK_PLUGINS": "ourvidz-toy"}, 2, "required and blocked"),
         (("run", "no-such-file.json"), {}, 2, "does not exist"),
         (("frobnicate",), {}, 2, "No such command"),
     ],
-    ids=["unknown queue", "no redis", "wrong setting", "missing plugin", "no plugin", "no file", "no command"],
+    ids=[
+        "unknown queue",
+        "no redis",
+        "wrong setting",
+        "missing plugin",
+        "no plugin",
+        "missing by option",
+        "blocked by option",
+        "no file",
+        "no command",
+    ],
 )
 def test_wrong_use_is_a_short_error_with_a_documented_exit_code(
     ourvidz: Run, arguments: tuple[str, ...], environ: dict[str, str], code: int, says: str
@@ -207,14 +219,18 @@ def test_a_plugin_adds_a_command_of_its_own(ourvidz: Run, site: Path) -> None:
     (site / "acme_commands-1.0.dist-info/entry_points.txt").write_text(
         "[ourvidz.commands]\nshout = acme_commands:acme_shout\n", "utf-8"
     )
-    assert "shout" in ourvidz("--help").stdout
-    assert ourvidz("shout").stdout == "ACME\n"
+    allowed = {"OURVIDZ_ALLOW_PLUGINS": "acme-commands"}
+    assert "shout" in ourvidz("--help", **allowed).stdout
+    assert ourvidz("shout", **allowed).stdout == "ACME\n"
+    blocked = ourvidz("shout", OURVIDZ_BLOCK_PLUGINS="Acme_Commands")
+    assert (blocked.returncode, blocked.stdout) == (2, "")
+    assert "OURVIDZ_BLOCK_PLUGINS names it" in blocked.stderr
 
 
 def test_a_plugin_command_that_does_not_import_does_not_break_the_others(ourvidz: Run, site: Path) -> None:
     make_distribution(site, "acme-commands", "import no_such_module\n", group="ourvidz.commands")
     assert ourvidz("--help").returncode == 0
-    broken = ourvidz("acme_commands")
+    broken = ourvidz("acme_commands", OURVIDZ_ALLOW_PLUGINS="acme-commands")
     assert broken.returncode == 2
     assert "acme_commands" in broken.stderr
     assert "Traceback" not in broken.stderr

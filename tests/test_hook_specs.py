@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ from ourvidz_core.plugins.defaults import CoreDefaults
 from ourvidz_core.plugins.registry import OWNER_HOOKS
 from ourvidz_core.testing.doubles import RecordingContext
 
+ROOT = Path(__file__).parent.parent
 HOOKS = {name: value for name, value in vars(hookspecs).items() if hasattr(value, "ourvidz_spec")}
 
 
@@ -29,6 +33,31 @@ def test_each_hook_is_typed(name: str) -> None:
 
     assert signature.return_annotation is not inspect.Signature.empty
     assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+
+
+def sections() -> dict[str, str]:
+    """The reference page, cut at its headings."""
+    _, *parts = (ROOT / "docs/reference/hooks.md").read_text("utf-8").split("\n## ")
+    return {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
+
+
+def test_the_reference_page_has_a_section_for_each_hook_in_the_order_of_a_job() -> None:
+    assert list(sections()) == list(HOOKS)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_the_signature_on_the_reference_page_is_the_hooks_own(name: str) -> None:
+    shown = re.search(r"```text\n(.*?)\n```", sections()[name], re.DOTALL)[1]
+    declared = ast.parse(f"def {shown}: ...").body[0]
+    hook = inspect.signature(HOOKS[name])
+
+    assert declared.name == name
+    assert {argument.arg: ast.unparse(argument.annotation) for argument in declared.args.args} == {
+        argument.name: argument.annotation for argument in hook.parameters.values()
+    }
+    assert ast.unparse(declared.returns) == hook.return_annotation
+    answers = "The first answer that is not None counts."
+    assert (answers in sections()[name]) is HOOKS[name].ourvidz_spec["firstresult"]
 
 
 def test_an_owners_hooks_have_one_answer_and_the_others_many() -> None:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import ourvidz_core
 from ourvidz_core.errors import DuplicateJobType, RequiredPluginMissing, UnknownJobType
+from ourvidz_core.plugins import hookspecs
 from ourvidz_core.plugins.loading import PluginRecord, installed_plugins, load_registry
 from ourvidz_core.plugins.registry import Registry
+from ourvidz_core.plugins.versions import HookDeprecated
 from ourvidz_core.settings import Settings
 
 GOOD = """
@@ -210,6 +213,79 @@ def test_a_required_plugin_that_is_not_loaded_stops_the_start(
 
     with pytest.raises(RequiredPluginMissing, match=said):
         load(site, require_plugins=[name], **settings)
+
+
+def test_an_extension_that_is_required_and_broken_stops_the_start_as_well(site: Path, install: Install) -> None:
+    install("acme-policy", "from ourvidz_core import hookimpl\n@hookimpl\ndef reviews_job(job): ...")
+
+    with pytest.raises(RequiredPluginMissing, match=r"acme-policy 1\.0 is required and failed: \(validation\)"):
+        load(site, require_plugins=["acme-policy"])
+
+
+# -- the version of the hooks
+
+
+@pytest.mark.parametrize(
+    ("requires", "status"),
+    [
+        pytest.param([], "loaded", id="says nothing"),
+        pytest.param(["ourvidz-core"], "loaded", id="any"),
+        pytest.param(["pillow>=10", "OurVidz.Core[embedded] >=1.2,<2"], "loaded", id="this major"),
+        pytest.param(["ourvidz-core<3; python_version < '3'", "ourvidz-core"], "loaded", id="for another Python"),
+        pytest.param(["ourvidz-core>=9; extra == 'next'"], "loaded", id="for an extra"),
+        pytest.param(["ourvidz-core>=2,<3"], "incompatible", id="the next major"),
+        pytest.param(["pillow", "ourvidz_core<1"], "incompatible", id="the major before"),
+        pytest.param(["ourvidz-core>=1.9"], "incompatible", id="a later minor"),
+    ],
+)
+def test_a_plugin_for_other_hooks_is_not_imported_and_listed_with_the_cure(
+    site: Path,
+    install: Install,
+    monkeypatch: pytest.MonkeyPatch,
+    requires: list[str],
+    status: str,
+) -> None:
+    monkeypatch.setattr(ourvidz_core, "__version__", "1.3.0")
+    install("acme-good", GOOD.format(name="good"), requires=requires)
+
+    record = record_of(load(site), "acme-good")
+
+    assert record.status == status
+    assert ("acme_good" in sys.modules) is (status == "loaded")
+    if status == "incompatible":
+        assert record.reason.startswith("it needs ourvidz-core ")
+        assert "and this is 1.3.0; pip install --upgrade acme-good ourvidz-core" in record.reason
+
+
+def test_a_requirement_that_nobody_can_read_is_a_failure_of_its_plugin(site: Path, install: Install) -> None:
+    install("acme-odd", "raise RuntimeError", requires=["ourvidz-core >>= 1"])
+
+    assert "(metadata) InvalidRequirement" in record_of(load(site), "acme-odd").reason
+
+
+def test_a_plugin_that_implements_what_will_be_gone_is_loaded_and_told_the_cure(
+    site: Path, install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook = HookDeprecated("choose_bucket", since="1.2", removed_in="1.4", cure="set JobType.bucket")
+    argument = HookDeprecated("context of build_command", since="1.2", removed_in="1.4", cure="use prepare_job")
+    monkeypatch.setitem(hookspecs.choose_bucket.ourvidz_spec, "warn_on_impl", hook)
+    monkeypatch.setitem(hookspecs.build_command.ourvidz_spec, "warn_on_impl_args", {"context": argument})
+    source = GOOD.format(name="good") + "@hookimpl\ndef {}: ...\n"
+    install("acme-hook", source.format("choose_bucket(job)").replace('"good"', '"a"'))
+    install("acme-argument", source.format("build_command(job, context)").replace('"good"', '"b"'))
+    install("acme-fine", source.format("build_command(job)").replace('"good"', '"c"'))
+
+    with pytest.warns(HookDeprecated) as shown:
+        registry = load(site)
+
+    told = {record.distribution: (record.status, record.warnings) for record in registry.records}
+    assert told == {
+        "acme-hook": ("loaded", (str(hook),)),
+        "acme-argument": ("loaded", (str(argument),)),
+        "acme-fine": ("loaded", ()),
+    }
+    assert sorted(Path(warning.filename).name for warning in shown) == ["acme_argument.py", "acme_hook.py"]
+    assert f"plugin acme-hook 1.0: {hook}" in caplog.text
 
 
 def test_of_a_distribution_that_is_installed_twice_the_first_counts(site: Path, install: Install) -> None:

@@ -51,7 +51,9 @@ def plugins() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_plugins(as_json: bool) -> None:
     """List every plugin that was found, loaded or not, and why not."""
-    registry = open_registry(open_settings(at_least=logging.CRITICAL))
+    # Whoever looks for a plugin that is required and missing wants to see the others, too.
+    settings = attrs.evolve(open_settings(at_least=logging.CRITICAL), require_plugins=[])
+    registry = open_registry(settings)
     if as_json:
         print_json([attrs.asdict(record) for record in registry.records])
         return
@@ -69,3 +71,6 @@ def list_plugins(as_json: bool) -> None:
         for record in registry.records
     ]
     click.echo(table(("DISTRIBUTION", "VERSION", "STATUS", "JOB TYPES", "HOOKS"), rows))
+    for record in registry.records:
+        for warning in record.warnings:
+            click.echo(f"{record.distribution} {record.version}: {warning}", err=True)

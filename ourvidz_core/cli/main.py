@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import click
@@ -41,11 +41,22 @@ class PluginCommands(click.Group):
             return ours
         for entry_point in entry_points(group=COMMAND_GROUP, name=name):
             try:
+                _refuse_blocked(entry_point)
                 command: click.Command = entry_point.load()
             except Exception as error:  # one plugin's fault must not take the others' commands away
                 return _broken_command(name, error)
             return command
         return None
+
+
+def _refuse_blocked(entry_point: EntryPoint) -> None:
+    """A distribution that may not be imported is not imported for its commands either."""
+    from ourvidz_core.plugins.trust import refusal_of
+    from ourvidz_core.settings import load
+
+    reason = refusal_of(entry_point.dist.name, load()) if entry_point.dist is not None else None
+    if reason is not None:
+        raise PluginError(reason)
 
 
 def _broken_command(name: str, error: Exception) -> click.Command:

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 
+import attrs
 import click
 
 from ourvidz_core.cli.common import open_registry, open_settings
@@ -14,9 +15,15 @@ from ourvidz_core.errors import SettingsError
 
 @click.command()
 @click.option("--queues", help="Queues to take jobs from, comma-separated; all that a plugin owns unless said.")
+@click.option(
+    "--require",
+    multiple=True,
+    metavar="NAME",
+    help="Start only with this distribution loaded; may be given repeatedly.",
+)
 @click.option("--once", is_flag=True, help="Work on one job, then end.")
 @click.option("--drain", is_flag=True, help="Work until the queues are empty, then end.")
-def worker(queues: str | None, once: bool, drain: bool) -> None:
+def worker(queues: str | None, require: tuple[str, ...], once: bool, drain: bool) -> None:
     """Take jobs from the queues, store what they make, and report.
 
     SIGTERM or Ctrl-C: no more jobs are taken, those at hand may finish for
@@ -37,6 +44,7 @@ def worker(queues: str | None, once: bool, drain: bool) -> None:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     settings = open_settings()
+    settings = attrs.evolve(settings, require_plugins=[*settings.require_plugins, *require])
     registry = open_registry(settings)
     chosen = tuple(name.strip() for name in queues.split(",") if name.strip()) if queues else registry.queues
     if unknown := [name for name in chosen if name not in registry.queues]:

@@ -14,6 +14,8 @@ from typing import TypeVar
 from attrs import frozen
 
 from ourvidz_core.errors import ModelUnavailable, PayloadError
+from ourvidz_core.plugins.trust import refusal_of
+from ourvidz_core.settings import load
 from ourvidz_core.wire.payloads import structure
 
 Variant = TypeVar("Variant")
@@ -27,6 +29,7 @@ def find_model(named: Path, family: str) -> Path:
     """Where the model lies that an operator named: a path, or the name of an installed model.
 
     With ``ourvidz-demo-models`` installed, ``demo`` names a small model of each family it has.
+    A distribution that the operator blocks is not imported for its models either.
     What is neither is answered as it is, so that the loader can say what is missing.
 
     :raises ModelUnavailable: an installed model's description cannot be read.
@@ -34,6 +37,8 @@ def find_model(named: Path, family: str) -> Path:
     if named.exists():
         return named
     for entry_point in entry_points(group=MODEL_GROUP, name=family):
+        if entry_point.dist is not None and refusal_of(entry_point.dist.name, load()) is not None:
+            continue
         directory: Path = entry_point.load()
         if read_variant(directory, _Named).name == str(named):
             return directory

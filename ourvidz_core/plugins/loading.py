@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from importlib.metadata import Distribution, distributions
@@ -17,12 +17,16 @@ from typing import Any
 
 import pluggy
 from attrs import evolve, field, frozen
+from packaging.utils import canonicalize_name
 
+import ourvidz_core
 from ourvidz_core.errors import DuplicateJobType, InvalidJobType, RequiredPluginMissing
 from ourvidz_core.plugins import hookspecs
 from ourvidz_core.plugins.defaults import CoreDefaults
 from ourvidz_core.plugins.hookspecs import PROJECT
 from ourvidz_core.plugins.registry import OWNER_HOOKS, Owner, Registry
+from ourvidz_core.plugins.trust import refusal_of
+from ourvidz_core.plugins.versions import CORE, HookDeprecated, incompatibility_of
 from ourvidz_core.settings import Settings
 from ourvidz_core.wire.job_types import JobType
 
@@ -36,6 +40,7 @@ class PluginStatus(StrEnum):
 
     LOADED = "loaded"
     BLOCKED = "blocked"
+    INCOMPATIBLE = "incompatible"
     FAILED = "failed"
 
 
@@ -46,6 +51,8 @@ class FoundPlugin:
     distribution: str
     version: str
     load: Callable[[], object] = field(repr=False)
+    #: What its distribution requires, as pip reads it.
+    requires: tuple[str, ...] = ()
 
 
 @frozen(kw_only=True)
@@ -57,8 +64,10 @@ class PluginRecord:
     status: PluginStatus
     job_types: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
-    #: Why it is not loaded, with the stage that failed: import, validation or job types.
+    #: Why it is not loaded; for a failure with its stage: metadata, import, validation or job types.
     reason: str = ""
+    #: What it should change, although it is loaded: deprecated hooks and arguments.
+    warnings: tuple[str, ...] = ()
 
 
 def installed_plugins(group: str = ENTRY_POINT_GROUP) -> list[FoundPlugin]:
@@ -72,7 +81,7 @@ def installed_plugins(group: str = ENTRY_POINT_GROUP) -> list[FoundPlugin]:
             continue
         # The first on the path is the one that an import finds, so it is the one that counts.
         if plugin is not None:
-            found.setdefault(_canonical(plugin.distribution), plugin)
+            found.setdefault(canonicalize_name(plugin.distribution), plugin)
     return [found[name] for name in sorted(found)]
 
 
@@ -86,6 +95,7 @@ def _plugin_of(distribution: Distribution, group: str) -> FoundPlugin | None:
                 distribution=said.get("Name", entry_point.name),
                 version=said.get("Version", "unknown"),
                 load=entry_point.load,
+                requires=tuple(distribution.requires or ()),
             )
     return None
 
@@ -98,7 +108,10 @@ def load_registry(settings: Settings, found: Iterable[FoundPlugin] | None = None
     """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
-    manager.register(CoreDefaults(), name="ourvidz-core")
+    with warnings.catch_warnings():
+        # Core answers a deprecated hook for as long as there is one.
+        warnings.simplefilter("ignore", HookDeprecated)
+        manager.register(CoreDefaults(), name=CORE)
     records: list[PluginRecord] = []
     declared: list[tuple[FoundPlugin, tuple[JobType, ...]]] = []
     for plugin in installed_plugins() if found is None else found:
@@ -106,7 +119,9 @@ def load_registry(settings: Settings, found: Iterable[FoundPlugin] | None = None
         records.append(record)
         if record.status is PluginStatus.LOADED:
             declared.append((plugin, job_types))
-        elif record.status is PluginStatus.FAILED:
+            for warning in record.warnings:
+                logger.warning("plugin %s %s: %s", plugin.distribution, plugin.version, warning)
+        elif record.status is not PluginStatus.BLOCKED:
             logger.error("plugin %s %s is not loaded: %s", plugin.distribution, plugin.version, record.reason)
     _refuse_collisions(declared)
     _require(settings.require_plugins, records)
@@ -121,10 +136,14 @@ def _load(
     manager: pluggy.PluginManager, plugin: FoundPlugin, settings: Settings
 ) -> tuple[PluginRecord, tuple[JobType, ...]]:
     record = PluginRecord(distribution=plugin.distribution, version=plugin.version, status=PluginStatus.FAILED)
-    if (reason := _blocked(plugin.distribution, settings)) is not None:
+    if (reason := refusal_of(plugin.distribution, settings)) is not None:
         return evolve(record, status=PluginStatus.BLOCKED, reason=reason), ()
-    stage = "import"
+    stage = "metadata"
     try:
+        reason = incompatibility_of(plugin.distribution, plugin.requires, ourvidz_core.__version__)
+        if reason is not None:
+            return evolve(record, status=PluginStatus.INCOMPATIBLE, reason=reason), ()
+        stage = "import"
         # What a plugin prints must not end in the JSON that a command prints.
         with contextlib.redirect_stdout(sys.stderr):
             module = plugin.load()
@@ -145,23 +164,25 @@ def _load(
             status=PluginStatus.LOADED,
             job_types=tuple(job_type.name for job_type in job_types),
             hooks=tuple(sorted(caller.name for caller in callers)),
+            warnings=_deprecations(manager, module),
         ),
         job_types,
     )
 
 
-def _blocked(distribution: str, settings: Settings) -> str | None:
-    name = _canonical(distribution)
-    if name in map(_canonical, settings.block_plugins):
-        return "OURVIDZ_BLOCK_PLUGINS names it"
-    if settings.allow_plugins is not None and name not in map(_canonical, settings.allow_plugins):
-        return "OURVIDZ_ALLOW_PLUGINS does not name it"
-    return None
-
-
-def _canonical(distribution: str) -> str:
-    """The one spelling of a name that pip, too, takes Acme_Wan, acme.wan and acme-wan for."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
+def _deprecations(manager: pluggy.PluginManager, module: object) -> tuple[str, ...]:
+    """What pluggy has warned of while ``module`` was registered, for those who never see a Python warning."""
+    found: list[str] = []
+    for caller in manager.get_hookcallers(module) or ():
+        if caller.spec is None:
+            continue
+        if caller.spec.warn_on_impl is not None:
+            found.append(str(caller.spec.warn_on_impl))
+        arguments = caller.spec.warn_on_impl_args or {}
+        for impl in caller.get_hookimpls():
+            if impl.plugin is module:
+                found += [str(arguments[name]) for name in impl.argnames if name in arguments]
+    return tuple(found)
 
 
 def _refuse_unknown_hooks(manager: pluggy.PluginManager, module: object) -> None:
@@ -217,9 +238,9 @@ def _refuse_collisions(declared: Sequence[tuple[FoundPlugin, tuple[JobType, ...]
 
 
 def _require(required: Iterable[str], records: Iterable[PluginRecord]) -> None:
-    by_name = {_canonical(record.distribution): record for record in records}
+    by_name = {canonicalize_name(record.distribution): record for record in records}
     for name in required:
-        record = by_name.get(_canonical(name))
+        record = by_name.get(canonicalize_name(name))
         if record is None:
             raise RequiredPluginMissing(f"{name} is required and not installed; pip install {name}")
         if record.status is not PluginStatus.LOADED:

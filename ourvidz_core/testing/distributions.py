@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -13,6 +14,7 @@ def make_distribution(
     *,
     version: str = "1.0",
     group: str = "ourvidz",
+    requires: Iterable[str] = (),
 ) -> None:
     """Install a distribution of one module into ``site``.
 
@@ -24,6 +26,12 @@ def make_distribution(
     (site / f"{module}.py").write_text(textwrap.dedent(source), "utf-8")
     metadata = site / f"{module}-{version}.dist-info"
     metadata.mkdir(exist_ok=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "utf-8")
+    lines = [
+        "Metadata-Version: 2.1",
+        f"Name: {name}",
+        f"Version: {version}",
+        *(f"Requires-Dist: {r}" for r in requires),
+    ]
+    (metadata / "METADATA").write_text("\n".join(lines) + "\n", "utf-8")
     (metadata / "entry_points.txt").write_text(f"[{group}]\n{module} = {module}\n", "utf-8")
     (metadata / "RECORD").write_text("", "utf-8")

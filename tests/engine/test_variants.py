@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_installed_model_is_found_by_its_name(installed: Path) -> None:
     assert find_model(Path("small"), "kind") == installed
+
+
+def test_a_blocked_distribution_is_not_imported_for_its_models(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OURVIDZ_BLOCK_PLUGINS", "acme_models")
+    monkeypatch.delitem(sys.modules, "acme_models", raising=False)
+
+    assert find_model(Path("small"), "kind") == Path("small")
+    assert "acme_models" not in sys.modules
 
 
 @pytest.mark.parametrize(("name", "family"), [("small", "other"), ("large", "kind")])
