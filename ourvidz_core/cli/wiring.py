@@ -76,9 +76,7 @@ def make_callbacks(settings: Settings) -> CallbackClient:
     """The endpoint that is set, Supabase's where its address is, else a directory."""
     from ourvidz_core.delivery.callbacks import DirectoryCallbacks, HttpCallbacks
 
-    url = settings.callback_url
-    if url is None and settings.supabase_url and settings.callback_dir is None:
-        url = f"{settings.supabase_url.rstrip('/')}/functions/v1/job-callback"
+    url = callback_url(settings)
     if url is None:
         return DirectoryCallbacks(settings.callback_dir or settings.state_dir / "callbacks")
     key = settings.callback_key or settings.supabase_service_key
@@ -89,6 +87,13 @@ def make_callbacks(settings: Settings) -> CallbackClient:
         previous_secret=str(settings.callback_secret_previous),
         timeout_seconds=settings.callback_timeout_seconds,
     )
+
+
+def callback_url(settings: Settings) -> str | None:
+    """Where callbacks are POSTed, or None where they go to a directory."""
+    if settings.callback_url is None and settings.supabase_url and settings.callback_dir is None:
+        return f"{settings.supabase_url.rstrip('/')}/functions/v1/job-callback"
+    return settings.callback_url
 
 
 def make_references(settings: Settings) -> ReferenceSource:
