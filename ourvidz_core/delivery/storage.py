@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 from urllib.parse import quote
 
 import attrs
@@ -61,6 +61,7 @@ class BucketFacts:
     media_types: tuple[str, ...] | None = None
 
 
+@runtime_checkable
 class InspectableStorage(Storage, Protocol):
     """A storage that can be looked at before anything depends on it."""
 

@@ -70,4 +70,6 @@ class Check:
     run: Callable[[], Iterable[Finding]] = field(repr=False)
     #: Whether a worker runs it before it takes jobs: it is done within a second and changes nothing.
     is_at_start: bool = False
+    #: Whether it may take minutes: ``ourvidz doctor`` runs it only with ``--thorough``.
+    is_thorough: bool = False
     timeout_seconds: float = 20.0

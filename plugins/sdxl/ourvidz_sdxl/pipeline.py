@@ -21,24 +21,12 @@ from transformers.utils import logging as transformers_logging
 
 from ourvidz_core.errors import GenerationError, ModelUnavailable, OutOfMemory
 from ourvidz_sdxl.config import ReferenceType, Solver
+from ourvidz_sdxl.layout import CONFIG_DIR_VARIABLE, CONFIG_IN_WORDS, missing_config
 from ourvidz_sdxl.schedulers import scheduler_for
 from ourvidz_sdxl.text_encoding import Conditioning, PromptEncoder
 from ourvidz_sdxl.variants import SdxlVariant
 
 logger = logging.getLogger(__name__)
-
-CONFIG_DIR_VARIABLE = "OURVIDZ_SDXL_CONFIG_DIR"
-#: What a checkpoint does not carry itself; all of it together is about 3 MB.
-CONFIG_FILES = (
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
-    "text_encoder_2/config.json",
-    "unet/config.json",
-    "vae/config.json",
-)
-TOKENIZER_FOLDERS = ("tokenizer", "tokenizer_2")
-TOKENIZER_FILES = "tokenizer.json, or vocab.json and merges.txt"
 
 
 @frozen(kw_only=True)
@@ -275,14 +263,12 @@ def load_pipeline(model: Path, *, device: str, variant: SdxlVariant, config_dir:
 
 def checked_config_dir(model: Path, config_dir: Path | None) -> Path:
     """The configuration directory of a checkpoint, complete."""
-    wanted = f"{', '.join(CONFIG_FILES)}, and in {' and '.join(TOKENIZER_FOLDERS)} each {TOKENIZER_FILES}"
     if config_dir is None:
         raise ModelUnavailable(
             f"{model.name} is a single-file checkpoint and carries no configuration: set {CONFIG_DIR_VARIABLE} to a"
-            f" directory that holds the small files of SDXL's diffusers layout, without weights: {wanted}"
+            f" directory that holds the small files of SDXL's diffusers layout, without weights: {CONFIG_IN_WORDS}"
         )
-    missing = [name for name in CONFIG_FILES if not (config_dir / name).is_file()]
-    missing += [f"{name} ({TOKENIZER_FILES})" for name in TOKENIZER_FOLDERS if not _has_tokenizer(config_dir / name)]
+    missing = missing_config(config_dir)
     if missing:
         raise ModelUnavailable(f"{CONFIG_DIR_VARIABLE} names {config_dir}, which lacks {', '.join(missing)}")
     return config_dir
@@ -311,12 +297,6 @@ def _from_directory(model: Path, dtype: torch.dtype) -> Any:
 def _from_checkpoint(model: Path, dtype: torch.dtype, config_dir: Path | None) -> Any:
     return StableDiffusionXLPipeline.from_single_file(
         str(model), config=str(config_dir), dtype=dtype, local_files_only=True, add_watermarker=False
-    )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ourvidz_core.plugins.context import JobContext
-from ourvidz_core.plugins.hookspecs import hookimpl
+from ourvidz_core.plugins.hookspecs import ReadSettings, hookimpl
 from ourvidz_core.wire.artifacts import Generation
+from ourvidz_core.wire.findings import Check
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job
 from ourvidz_core.wire.payloads import Payload
 from ourvidz_sdxl.config import sdxl_job
+from ourvidz_sdxl.doctor import sdxl_checks
 from ourvidz_sdxl.job_types import JOB_TYPES
 
 
@@ -32,3 +34,9 @@ def generate(job: Job, context: JobContext) -> Generation:
     from ourvidz_sdxl.generation import generate_images
 
     return generate_images(job, context)
+
+
+@hookimpl
+def doctor_checks(settings: ReadSettings) -> Iterable[Check]:
+    """Whether the model files are there and whole."""
+    return sdxl_checks(settings)

@@ -30,12 +30,16 @@ from transformers.utils.logging import disable_progress_bar
 from ourvidz_core.engine.variants import FILE_NAME, read_variant
 from ourvidz_core.errors import ModelUnavailable
 from ourvidz_wan.config import Solver, WanVariant
+from ourvidz_wan.layout import (
+    NATIVE_TEXT_ENCODER,
+    NATIVE_TOKENIZER,
+    NATIVE_VAE,
+    is_diffusers,
+    missing_native_files,
+    transformer_files,
+)
 from ourvidz_wan.tasks import Pipeline, Task
 
-NATIVE_TRANSFORMER = "diffusion_pytorch_model"
-NATIVE_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
-NATIVE_VAE = "Wan2.1_VAE.pth"
-NATIVE_TOKENIZER = "google/umt5-xxl"
 #: Every WAN 2.1 transformer has heads of this size; its weights do not say it.
 HEAD_DIM = 128
 
@@ -141,7 +145,7 @@ def convert_checkpoint(source: Path, target: Path, task: Task, *, dtype: torch.d
 
 
 def _components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dict[str, Any]:
-    if (ckpt_dir / "model_index.json").is_file():
+    if is_diffusers(ckpt_dir):
         return _diffusers_components(ckpt_dir, task, dtype)
     return _native_components(ckpt_dir, task, dtype)
 
@@ -171,15 +175,7 @@ def _native_components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dict[s
         raise ModelUnavailable(
             f"{ckpt_dir} is no diffusers directory (it has no model_index.json), and {task.name} runs from one only"
         )
-    transformer_files = sorted(ckpt_dir.glob(f"{NATIVE_TRANSFORMER}*.safetensors"))
-    wanted = {
-        f"{NATIVE_TRANSFORMER}.safetensors": bool(transformer_files),
-        NATIVE_TEXT_ENCODER: (ckpt_dir / NATIVE_TEXT_ENCODER).is_file(),
-        NATIVE_VAE: (ckpt_dir / NATIVE_VAE).is_file(),
-        f"{NATIVE_TOKENIZER}/": (ckpt_dir / NATIVE_TOKENIZER).is_dir(),
-    }
-    missing = [name for name, is_there in wanted.items() if not is_there]
-    if missing:
+    if missing := missing_native_files(ckpt_dir):
         raise ModelUnavailable(
             f"{ckpt_dir} holds no {task.name} weights: it is no diffusers directory (model_index.json is missing),"
             f" and of WAN's own files these are missing: {', '.join(missing)}"
@@ -187,7 +183,7 @@ def _native_components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dict[s
     return {
         "tokenizer": AutoTokenizer.from_pretrained(ckpt_dir / NATIVE_TOKENIZER, local_files_only=True),
         "text_encoder": _native_text_encoder(ckpt_dir / NATIVE_TEXT_ENCODER, dtype),
-        "transformer": _native_transformer(transformer_files, task, dtype),
+        "transformer": _native_transformer(transformer_files(ckpt_dir), task, dtype),
         "vae": _native_vae(ckpt_dir / NATIVE_VAE),
     }
 

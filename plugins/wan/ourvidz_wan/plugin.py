@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ourvidz_core.plugins.context import JobContext
-from ourvidz_core.plugins.hookspecs import hookimpl
+from ourvidz_core.plugins.hookspecs import ReadSettings, hookimpl
 from ourvidz_core.wire.artifacts import Generation
 from ourvidz_core.wire.commands import Command
+from ourvidz_core.wire.findings import Check
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job
 from ourvidz_core.wire.payloads import Payload
+from ourvidz_wan.doctor import wan_checks
 from ourvidz_wan.execution import build_wan_command, generate_wan, prepare_wan_job
 from ourvidz_wan.job_types import JOB_TYPES
 from ourvidz_wan.jobs import parse_wan_job
@@ -44,3 +46,9 @@ def build_command(job: Job, context: JobContext) -> Command:
 def generate(job: Job, command: Command, context: JobContext) -> Generation:
     """In the warm engine, or as a subprocess by setting."""
     return generate_wan(job, command, context)
+
+
+@hookimpl
+def doctor_checks(settings: ReadSettings) -> Iterable[Check]:
+    """Whether the model files are there and whole."""
+    return wan_checks(settings)

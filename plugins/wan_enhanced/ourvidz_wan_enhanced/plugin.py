@@ -9,12 +9,14 @@ from ourvidz_wan.config import WanSettings
 from ourvidz_wan.execution import build_wan_command, generate_wan, prepare_wan_job
 
 from ourvidz_core.plugins.context import JobContext
-from ourvidz_core.plugins.hookspecs import hookimpl
+from ourvidz_core.plugins.hookspecs import ReadSettings, hookimpl
 from ourvidz_core.wire.artifacts import Generation
 from ourvidz_core.wire.commands import Command
+from ourvidz_core.wire.findings import Check
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job
 from ourvidz_core.wire.payloads import Payload
+from ourvidz_wan_enhanced.doctor import enhanced_checks
 from ourvidz_wan_enhanced.enhancement import enhance_job
 from ourvidz_wan_enhanced.files import add_facts
 from ourvidz_wan_enhanced.job_types import JOB_TYPES
@@ -62,3 +64,9 @@ def generate(job: Job, command: Command, context: JobContext) -> Generation:
         for artifact in generation.artifacts:
             add_facts(artifact.path, facts)
     return generation
+
+
+@hookimpl
+def doctor_checks(settings: ReadSettings) -> Iterable[Check]:
+    """Whether the model files are there and whole."""
+    return enhanced_checks(settings)

@@ -1,0 +1,1 @@
+"""The orchestrator: starts workers, watches them, and says how they are."""
