@@ -15,6 +15,7 @@ import click
 
 import ourvidz_core
 from ourvidz_core.cli.demo import demo
+from ourvidz_core.cli.doctor import doctor
 from ourvidz_core.cli.inspect import job_types, plugins
 from ourvidz_core.cli.jobs import enqueue, run
 from ourvidz_core.cli.queue import cancel, queue
@@ -79,7 +80,7 @@ def cli(context: click.Context, log_level: str | None) -> None:
     context.obj = {"log_level": log_level}
 
 
-for _command in (run, enqueue, worker, job_types, plugins, demo, queue, cancel):
+for _command in (run, enqueue, worker, job_types, plugins, demo, queue, cancel, doctor):
     cli.add_command(_command)
 
 
