@@ -16,6 +16,7 @@ from ourvidz_core.wire.findings import Check, Finding, Level
 if TYPE_CHECKING:
     from ourvidz_core.doctor.examine import Examined
     from ourvidz_core.plugins.registry import Registry
+    from ourvidz_core.wire.job_types import JobType
 
 _COLOURS = {Level.GREEN: "green", Level.YELLOW: "yellow", Level.RED: "red"}
 
@@ -62,8 +63,8 @@ def all_checks(settings: Settings) -> list[Check]:
     try:
         registry = open_registry(settings)
     except PluginError as error:
-        plugins = [Check(name="plugins", run=_red(str(error)))]
-        job_types, models = (), []
+        plugins, models = [Check(name="plugins", run=_red(str(error)))], list[Check]()
+        job_types: tuple[JobType, ...] = ()
     else:
         plugins, job_types = [plugin_check(registry.records)], registry.job_types
         models = list(registry.checks(load_section))

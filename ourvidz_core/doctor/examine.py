@@ -12,12 +12,16 @@ from ourvidz_core.errors import OurVidzError
 from ourvidz_core.wire.findings import Check, Finding, Level
 
 
+def _worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(findings, key=lambda finding: -finding.level.rank))
+
+
 @frozen(kw_only=True)
 class Examined:
     """A check and what it found; worst findings first."""
 
     name: str
-    findings: tuple[Finding, ...] = field(converter=lambda found: tuple(sorted(found, key=_worst_first)))
+    findings: tuple[Finding, ...] = field(converter=_worst_first)
     seconds: float
 
     @property
@@ -81,7 +85,3 @@ class _Running:
             )
         self._seconds = time.monotonic() - self._started
         self._found = found
-
-
-def _worst_first(finding: Finding) -> int:
-    return -finding.level.rank

@@ -165,7 +165,7 @@ def _compare_clocks(settings: Settings, clock: Callable[[], float]) -> Iterator[
     with _connected(settings) as (client, place):
         try:
             before = clock()
-            seconds, microseconds = cast(tuple[int, int], client.time())
+            seconds, microseconds = client.time()
             after = clock()
         except (RedisError, OSError) as error:
             yield Finding.yellow(

@@ -33,7 +33,7 @@ class Finding:
     message: str
     cure: str = ""
     #: The job types that cannot be done because of it; a worker leaves them to others.
-    job_types: tuple[str, ...] = field(default=(), converter=tuple)
+    job_types: tuple[str, ...] = ()
     #: A worker that would start in spite of it would lose jobs, or what they made.
     forbids_start: bool = False
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from ourvidz_sdxl.generation import choose_model
-from ourvidz_sdxl.pipeline import CONFIG_FILES, load_pipeline
+from ourvidz_sdxl.layout import CONFIG_FILES
+from ourvidz_sdxl.pipeline import load_pipeline
 from ourvidz_sdxl.settings import SdxlSettings, UnknownVariant
 from ourvidz_sdxl.variants import SdxlVariant
 from sdxl_support import TestContext, WarmModels, job, load_example, made, pixels
