@@ -38,6 +38,8 @@ Section = TypeVar("Section")
 
 PREFIX = "OURVIDZ_"
 SETTINGS_FILE = "OURVIDZ_SETTINGS"
+#: The section of a storage backend's own settings. The engine gets none of them: there are keys among them.
+STORAGE_SECTION = "storage"
 _SEARCHED_CHARACTERS = 8
 #: Names without our prefix that deployments already use; ours win.
 WELL_KNOWN_NAMES = {
@@ -141,6 +143,10 @@ class Settings:
     )
     storage_dir: Path | None = option(
         default=None, help="Directory that takes the assets where no supabase_url is set; default: assets in state_dir"
+    )
+    storage_backend: str | None = option(
+        default=None,
+        help="Name of a storage that an installed distribution provides, in place of Supabase and of a directory",
     )
     asset_format: AssetFormat = option(
         default=AssetFormat.PATH,
@@ -314,6 +320,7 @@ def engine_environment(settings: Settings, environ: Mapping[str, str] = os.envir
         for name, value in said.items()
         if name not in secret_names
         and name != SETTINGS_FILE
+        and not name.startswith(variable_of("", STORAGE_SECTION))
         and not any(_holds(value, secret) for secret in settings.secrets)
     }
     return {**kept, **settings.engine_env}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from ourvidz_core.errors import PluginError, SettingsError
 from ourvidz_core.settings import Settings, engine_environment, variable_of
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from ourvidz_core.worker.slot import EngineSlot
     from ourvidz_core.worker.worker import Worker
     from ourvidz_core.worker.workspace import Workspace
+
+#: Distributions provide storage under this entry-point group: a function that makes a Storage from the settings.
+STORAGE_GROUP = "ourvidz.storage"
 
 
 def make_queue(settings: Settings) -> Queue:
@@ -58,9 +62,11 @@ def make_board(settings: Settings) -> Board:
 
 
 def make_storage(settings: Settings) -> Storage:
-    """Supabase Storage where an address is set, else a directory."""
+    """The backend that is named, Supabase Storage where an address is set, else a directory."""
     from ourvidz_core.delivery.storage import DirectoryStorage, SupabaseStorage
 
+    if settings.storage_backend is not None:
+        return _provided_storage(settings.storage_backend, settings)
     if settings.supabase_url and settings.storage_dir is None:
         return SupabaseStorage(
             settings.supabase_url,
@@ -70,6 +76,39 @@ def make_storage(settings: Settings) -> Storage:
             timeout_seconds=settings.upload_timeout_seconds,
         )
     return DirectoryStorage(settings.storage_dir or settings.state_dir / "assets", asset_format=settings.asset_format)
+
+
+def _provided_storage(name: str, settings: Settings) -> Storage:
+    """The storage that an installed distribution provides as ``name``.
+
+    :raises SettingsError: there is none, more than one, or one that may not be imported.
+    :raises PluginError: it cannot be imported, or makes something else.
+    """
+    from importlib.metadata import entry_points
+
+    from ourvidz_core.plugins.trust import refusal_of
+
+    setting = variable_of("storage_backend")
+    known = entry_points(group=STORAGE_GROUP)
+    providers = {entry.dist.name if entry.dist else entry.value: entry for entry in known if entry.name == name}
+    if len(providers) != 1:
+        provided = (
+            f"{' and '.join(sorted(providers))} provide it; uninstall one" if providers else "nothing provides it"
+        )
+        names = ", ".join(sorted(known.names)) or "none"
+        raise SettingsError(f"{setting} names {name!r}, and {provided}. Storage that is installed: {names}")
+    ((distribution, entry_point),) = providers.items()
+    if (reason := refusal_of(distribution, settings)) is not None:
+        raise SettingsError(f"{setting} names {name!r} of {distribution}, which is not imported: {reason}")
+    try:
+        storage: Storage = entry_point.load()(settings)
+    except SettingsError:
+        raise
+    except Exception as error:  # whatever its import or its client raises, the worker cannot start
+        raise PluginError(f"the storage {name!r} of {distribution} failed: {type(error).__name__}: {error}") from error
+    if not callable(getattr(storage, "store", None)) or not callable(getattr(storage, "close", None)):
+        raise PluginError(f"the storage {name!r} of {distribution} made {storage!r}, which has no store and close")
+    return storage
 
 
 def make_callbacks(settings: Settings) -> CallbackClient:
