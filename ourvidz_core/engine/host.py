@@ -39,6 +39,7 @@ from ourvidz_core.errors import (
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.wire.artifacts import FinishedGeneration
 from ourvidz_core.wire.jobs import Job
+from ourvidz_core.wire.states import EngineState
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ def ignore_progress(stage: str, step: int, total: int) -> None:
 
 class Engine(Protocol):
     """What generates a job beside the device."""
+
+    @property
+    def state(self) -> EngineState:
+        """What it is doing; may be asked from any thread."""
+        ...
 
     def run(
         self,
@@ -100,6 +106,18 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._log: _EngineLog | None = None
+        self._is_starting = False
+        self._has_failed = False
+
+    @property
+    def state(self) -> EngineState:
+        """See :attr:`Engine.state`."""
+        process = self._process  # another thread may end it meanwhile
+        if self._is_starting:
+            return EngineState.STARTING
+        if process is not None and process.poll() is None:
+            return EngineState.READY
+        return EngineState.FAILED if self._has_failed else EngineState.STOPPED
 
     @property
     def pid(self) -> int | None:
@@ -115,6 +133,17 @@ class EngineProcess:
         if self.pid is not None and self._is_listening():
             return
         self.close()
+        self._is_starting, self._has_failed = True, True
+        try:
+            self._launch(cancelled)
+            self._has_failed = False
+        except JobCancelled:
+            self._has_failed = False
+            raise
+        finally:
+            self._is_starting = False
+
+    def _launch(self, cancelled: threading.Event | None) -> None:
         ours, theirs = Pipe()
         try:
             self._process = subprocess.Popen(

@@ -13,6 +13,7 @@ from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.settings import Settings
 from ourvidz_core.wire.artifacts import FinishedGeneration
 from ourvidz_core.wire.jobs import Job
+from ourvidz_core.wire.states import EngineState
 
 
 class LocalEngine:
@@ -22,6 +23,11 @@ class LocalEngine:
         self._registry = registry
         self._device = settings.device
         self._models = ModelCache(settings.vram_budget_gb)
+
+    @property
+    def state(self) -> EngineState:
+        """It is always there."""
+        return EngineState.READY
 
     def run(
         self,

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pluggy
 from attrs import field, frozen
@@ -38,6 +38,14 @@ OWNER_HOOKS = ("parse_job", "prepare_job", "build_command", "generate", "choose_
 SHARED_HOOKS = ("review_job", "review_artifact", "enrich_metadata")
 
 Answer = TypeVar("Answer")
+
+
+class Observer(Protocol):
+    """Whatever hears events: quick, and called from any thread."""
+
+    def __call__(self, *, event: Event) -> object:
+        """Hear of one event."""
+        ...
 
 
 @frozen(kw_only=True)
@@ -191,7 +199,9 @@ class Registry:
         self.records = tuple(records)
         owners = [plugin for plugin in plugins if plugin.job_types]
         extensions = [plugin for plugin in plugins if not plugin.job_types]
-        self._observers = [(plugin.distribution, self._bind("handle_event", plugins, [plugin])) for plugin in plugins]
+        self._observers: list[tuple[str, Callable[..., object]]] = [
+            (plugin.distribution, self._bind("handle_event", plugins, [plugin])) for plugin in plugins
+        ]
         self._checkers = [(plugin.distribution, self._bind("doctor_checks", plugins, [plugin])) for plugin in plugins]
         self._owned: dict[str, OwnedJobType] = {}
         for owner in owners:
@@ -229,9 +239,13 @@ class Registry:
             raise UnknownJobType(f"$.type: no plugin owns {shown(name)}; the job types here are {known}{note}")
         return owned
 
+    def observe(self, name: str, observer: Observer) -> None:
+        """Let ``observer`` hear every event too, before the plugins do; ``name`` is who is blamed where it fails."""
+        self._observers.insert(0, (name, observer))
+
     def report(self, event: Event) -> None:
-        """Tell every plugin of ``event``; one that fails is logged and the others still hear it."""
-        for distribution, hook in self._observers:
+        """Tell every observer and every plugin of ``event``; one that fails is logged and the others still hear it."""
+        for distribution, hook in tuple(self._observers):
             try:
                 hook(event=event)
             except (Exception, SystemExit):

@@ -13,6 +13,7 @@ from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.errors import JobError
 from ourvidz_core.wire.artifacts import Asset, FinishedGeneration
 from ourvidz_core.wire.jobs import Job
+from ourvidz_core.wire.states import EngineState
 
 
 class RecordingContext(EngineContext):
@@ -50,6 +51,11 @@ class StubEngine:
         self._answer = answer
         self.jobs: list[Job] = []
         self.work_dirs: list[Path] = []
+
+    @property
+    def state(self) -> EngineState:
+        """It is always there."""
+        return EngineState.READY
 
     def run(
         self,

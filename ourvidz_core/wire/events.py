@@ -15,9 +15,18 @@ class Event:
 
 @frozen(kw_only=True)
 class JobStarted(Event):
-    """The job was parsed and its work begins. ``attempt`` counts from 1."""
+    """The job was parsed and its work begins."""
 
+    #: Counts from 1.
     attempt: int
+    #: Empty where it came from no queue.
+    queue: str = ""
+    #: From the message's ``created_at`` to now; None where it has none.
+    waited_seconds: float | None = None
+    #: From the moment when the queue was asked for a job to now.
+    claim_seconds: float = 0.0
+    #: W3C trace context of the message, where it carries a valid one.
+    traceparent: str | None = None
 
 
 @frozen(kw_only=True)
@@ -26,6 +35,13 @@ class ReferencesFetched(Event):
 
     roles: tuple[str, ...]
     seconds: float
+
+
+@frozen(kw_only=True)
+class GenerationStarted(Event):
+    """The job has the engine, which it shares with the worker's other jobs, to itself."""
+
+    waited_seconds: float
 
 
 @frozen(kw_only=True)
@@ -43,6 +59,8 @@ class GenerationFinished(Event):
 
     artifacts: int
     seconds: float
+    #: What the message expected, else what the job type does; None where neither says.
+    expected_seconds: float | None = None
 
 
 @frozen(kw_only=True)
@@ -52,6 +70,8 @@ class AssetStored(Event):
     bucket: str
     path: str
     size_bytes: int
+    media_type: str
+    seconds: float
 
 
 @frozen(kw_only=True)
@@ -68,6 +88,9 @@ class JobFailed(Event):
 
     error_type: str
     message: str
+    attempt: int = 1
+    #: Whether its message is kept with the dead letters.
+    is_dead_letter: bool = False
 
 
 @frozen(kw_only=True)
@@ -78,3 +101,31 @@ class JobRetried(Event):
     message: str
     attempt: int
     delay_seconds: float
+
+
+@frozen(kw_only=True)
+class JobReleased(Event):
+    """The job goes on elsewhere: it was handed back when this worker ended, or another worker has taken it over."""
+
+    reason: str
+
+
+@frozen(kw_only=True)
+class CallbackDelivered(Event):
+    """The endpoint accepted the terminal callback. Any worker may deliver any callback."""
+
+    status: str
+    #: Refusals before it was accepted.
+    refusals: int
+    #: Of the request that was accepted.
+    seconds: float
+
+
+@frozen(kw_only=True)
+class CallbackRefused(Event):
+    """The endpoint did not accept the terminal callback."""
+
+    status: str
+    reason: str
+    #: It is put aside and not sent again by itself.
+    is_given_up: bool

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import attrs
 
 from ourvidz_core.delivery.callbacks import CallbackClient, retry_delay
 from ourvidz_core.delivery.queue import Queue, QueuedCallback
 from ourvidz_core.errors import CallbackRejected, CallbackUndelivered, QueueError
+from ourvidz_core.wire.events import CallbackDelivered, CallbackRefused, Event
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +40,12 @@ class CallbackDispatcher:
         first_retry: float,
         give_up: float,
         request_timeout: float,
+        report: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self._queue = queue
         self._queues = tuple(queues)
         self._client = client
+        self._report = report
         self._first_retry = first_retry
         self._give_up = give_up
         # Longer than a request can take, so that nobody sends the same one meanwhile.
@@ -88,6 +93,7 @@ class CallbackDispatcher:
     def _deliver(self, callback: QueuedCallback) -> None:
         now = time.time()
         callback = attrs.evolve(callback, first_tried_at=callback.first_tried_at or now)
+        started = time.monotonic()
         try:
             self._client.send(callback.callback_id, callback.job_id, callback.body)
         except CallbackRejected as error:
@@ -102,11 +108,15 @@ class CallbackDispatcher:
             self._refused.discard(callback.callback_id)
             self._queue.callback_delivered(callback)
             logger.info("callback of job %s was delivered", callback.job_id)
+            self._report(
+                CallbackDelivered(**_facts_of(callback), refusals=callback.failures, seconds=time.monotonic() - started)
+            )
 
     def _settle_refusal(
         self, callback: QueuedCallback, reason: str, *, is_final: bool, wait: float | None = None
     ) -> None:
         callback = attrs.evolve(callback, failures=callback.failures + 1, reason=reason)
+        self._report(CallbackRefused(**_facts_of(callback), reason=reason, is_given_up=is_final))
         if is_final:
             self._refused.discard(callback.callback_id)
             logger.error(
@@ -125,3 +135,13 @@ class CallbackDispatcher:
         self._refused.add(callback.callback_id)
         logger.warning("callback of job %s goes out again in %.1f s: %s", callback.job_id, delay, reason)
         self._queue.callback_postponed(callback, delay=delay)
+
+
+def _facts_of(callback: QueuedCallback) -> dict[str, Any]:
+    """What an event says of a callback, read from its body: it may be of a job that another worker has done."""
+    body = json.loads(callback.body)
+    return {
+        "job_id": callback.job_id,
+        "job_type": str(body.get("metadata", {}).get("job_type") or ""),
+        "status": str(body.get("status")),
+    }

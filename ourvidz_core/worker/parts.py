@@ -45,6 +45,8 @@ class ActiveJob:
     #: Somebody else has it now.
     is_lost: bool = False
     is_cancelled: bool = False
+    #: When the queue was asked for a job, by the monotonic clock.
+    asked_at: float = field(factory=time.monotonic)
     #: Until then nobody else can have taken it.
     held_until: float
     #: When it last got on.

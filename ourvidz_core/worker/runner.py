@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 #: Tries of one upload or fetch before the whole job is tried again, which costs a generation.
 _CLIENT_ATTEMPTS = 4
 _CLIENT_SECONDS = 60.0
+#: https://www.w3.org/TR/trace-context/#traceparent-header, with ids that are not all zeros.
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @frozen(kw_only=True)
@@ -99,14 +103,28 @@ class JobRunner:
         return self._parse(decode_message(raw))[1]
 
     def run(
-        self, raw: bytes, *, attempt: int = 1, attempts: Mapping[str, Any] | None = None, watch: Watch | None = None
+        self,
+        raw: bytes,
+        *,
+        attempt: int = 1,
+        attempts: Mapping[str, Any] | None = None,
+        watch: Watch | None = None,
+        queue: str = "",
+        asked_at: float | None = None,
     ) -> Outcome:
         """Take one message to its outcome. Never raises a :class:`JobError`: it is in the outcome.
 
-        ``attempts`` are facts about earlier tries, for the callback's metadata.
+        ``attempts`` are facts about earlier tries, for the callback's metadata; ``queue`` and ``asked_at``, when it
+        was asked for a job by the monotonic clock, are for observers.
         """
-        walk = _Walk(attempt=attempt, attempts=attempts or {}, watch=watch or Watch())
         started = time.monotonic()
+        walk = _Walk(
+            attempt=attempt,
+            attempts=attempts or {},
+            watch=watch or Watch(),
+            queue=queue,
+            asked_at=started if asked_at is None else asked_at,
+        )
         try:
             try:
                 callback, assets = self._walk(raw, walk)
@@ -142,7 +160,17 @@ class JobRunner:
         owned, job = self._parse(message)
         walk.job = job
         owned.review_job(job)
-        self._registry.report(events.JobStarted(job_id=job.id, job_type=job.job_type, attempt=walk.attempt))
+        self._registry.report(
+            events.JobStarted(
+                job_id=job.id,
+                job_type=job.job_type,
+                attempt=walk.attempt,
+                queue=walk.queue,
+                waited_seconds=_age_of(job),
+                claim_seconds=time.monotonic() - walk.asked_at,
+                traceparent=_traceparent_of(message),
+            )
+        )
         walk.watch.on_job(job)
         with self._workspace.job_directory() as directory:
             walk.job = job = self._fetch_references(job, directory, walk.watch)
@@ -155,6 +183,7 @@ class JobRunner:
                     job_type=job.job_type,
                     artifacts=len(finished.generation.artifacts),
                     seconds=finished.seconds,
+                    expected_seconds=job.expected_seconds or owned.job_type.expected_seconds,
                 )
             )
             buckets = self._choose_buckets(owned, finished)
@@ -214,6 +243,7 @@ class JobRunner:
         job = finished.job
         assets = []
         for index, (artifact, bucket) in enumerate(zip(finished.generation.artifacts, buckets, strict=True)):
+            started = time.monotonic()
             path = f"{job.user_id}/{job.id}_{index}.{owned.job_type.file_extension}"
             for attempt in _patiently():
                 _stop_if_cancelled(watch)
@@ -223,7 +253,13 @@ class JobRunner:
             watch.on_stored(asset)
             self._registry.report(
                 events.AssetStored(
-                    job_id=job.id, job_type=job.job_type, bucket=bucket, path=path, size_bytes=asset.size_bytes
+                    job_id=job.id,
+                    job_type=job.job_type,
+                    bucket=bucket,
+                    path=path,
+                    size_bytes=asset.size_bytes,
+                    media_type=asset.media_type,
+                    seconds=time.monotonic() - started,
                 )
             )
         return tuple(assets)
@@ -259,6 +295,8 @@ class _Walk:
     attempt: int
     attempts: Mapping[str, Any]
     watch: Watch
+    queue: str
+    asked_at: float
     job_id: str | None = None
     job_type: str | None = None
     job: Job | None = None
@@ -273,6 +311,18 @@ def _patiently() -> Iterator[contextlib.AbstractContextManager[Any]]:
     return iter(
         stamina.retry_context(on=may_work_later, attempts=_CLIENT_ATTEMPTS, timeout=_CLIENT_SECONDS, wait_max=10.0)
     )
+
+
+def _age_of(job: Job) -> float | None:
+    if job.created_at is None:
+        return None
+    return max((datetime.now(UTC) - job.created_at).total_seconds(), 0.0)  # a producer's clock may be ahead
+
+
+def _traceparent_of(message: Mapping[str, Any]) -> str | None:
+    """The trace that a producer wants its job to be part of: a field that it may add to any message."""
+    traceparent = message.get("traceparent")
+    return traceparent if isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent) else None
 
 
 def _stop_if_cancelled(watch: Watch) -> None:

@@ -53,11 +53,15 @@ class Settler:
         claim, error = active.claim, outcome.error
         if self.is_handed_back(active, outcome):
             self._insist(active, lambda: self._queue.hand_back(claim, delay=0.0, counts_as_attempt=False))
-            logger.info("job %s was handed back", claim.key)
+            self._release(active, outcome, "handed back")
         elif error is not None and self._may_run_again(claim, error):
             self._retry(active, outcome, error)
         else:
             self._finish(active, outcome)
+
+    def release_lost(self, active: ActiveJob, outcome: Outcome) -> None:
+        """Let go of a job that another worker has; nothing is reported of it."""
+        self._release(active, outcome, "lost to another worker")
 
     def end_unrun(self, claim: Claim, error: JobError) -> None:
         """Report a job that shall not run as failed."""
@@ -72,6 +76,11 @@ class Settler:
                 error=error,
             ),
         )
+
+    def _release(self, active: ActiveJob, outcome: Outcome, reason: str) -> None:
+        logger.warning("job %s was %s; nothing is reported", active.claim.key, reason)
+        if outcome.job_id is not None and outcome.job_type is not None:
+            self._registry.report(events.JobReleased(job_id=outcome.job_id, job_type=outcome.job_type, reason=reason))
 
     def _may_run_again(self, claim: Claim, error: JobError) -> bool:
         if not error.is_transient or claim.attempt >= self._settings.max_attempts:
@@ -119,7 +128,7 @@ class Settler:
         self._spool.forget(ending)
         self._on_callback()
         if answer is FinishAnswer.FENCED:
-            logger.warning("job %s is somebody else's now; nothing was reported", claim.key)
+            self.release_lost(active, outcome)
             return
         if error is None:
             logger.info("job %s (%s) completed in %.1f s", claim.key, outcome.job_type, outcome.seconds)
@@ -131,6 +140,8 @@ class Settler:
                 job_type=outcome.job_type or "",
                 error_type=error.error_type,
                 message=error.message,
+                attempt=claim.attempt,
+                is_dead_letter=letter is not None,
             )
         )
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from ourvidz_core.engine.host import Engine, OnProgress, ignore_progress
 from ourvidz_core.errors import JobCancelled
 from ourvidz_core.wire.artifacts import FinishedGeneration
+from ourvidz_core.wire.events import Event, GenerationStarted
 from ourvidz_core.wire.jobs import Job
+from ourvidz_core.wire.states import EngineState
 
 #: How often a job that waits for its turn looks whether it was cancelled.
 _LOOK_SECONDS = 0.2
@@ -19,12 +22,27 @@ _LOOK_SECONDS = 0.2
 class EngineSlot:
     """Gives the engine to one job after another, in the order in which they asked."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, report: Callable[[Event], None] = lambda event: None) -> None:
         self._engine = engine
+        self._report = report
         self._turn = threading.Condition()
         self._waiting: deque[object] = deque()
         self._stage_started: float | None = None
         self._seconds_left: float | None = None
+        self._turn_started: float | None = None
+        self._busy_before = 0.0
+
+    @property
+    def state(self) -> EngineState:
+        """What the engine is doing."""
+        return self._engine.state
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long jobs have had the engine, all together, the present one included."""
+        with self._turn:
+            present = time.monotonic() - self._turn_started if self._turn_started is not None else 0.0
+            return self._busy_before + present
 
     def run(
         self,
@@ -44,6 +62,7 @@ class EngineSlot:
             on_progress(stage, step, total)
 
         ticket = object()
+        asked_at = time.monotonic()
         with self._turn:
             self._waiting.append(ticket)
             while not self._turn.wait_for(lambda: self._waiting[0] is ticket, timeout=_LOOK_SECONDS):
@@ -51,7 +70,11 @@ class EngineSlot:
                     self._waiting.remove(ticket)
                     raise JobCancelled("the job was cancelled before its turn at the engine")
             self._stage_started = self._seconds_left = None
+            self._turn_started = time.monotonic()
         try:
+            self._report(
+                GenerationStarted(job_id=job.id, job_type=job.job_type, waited_seconds=time.monotonic() - asked_at)
+            )
             return self._engine.run(
                 job,
                 work_dir=work_dir,
@@ -62,6 +85,8 @@ class EngineSlot:
         finally:
             with self._turn:
                 self._waiting.popleft()
+                self._busy_before += time.monotonic() - self._turn_started
+                self._turn_started = None
                 self._turn.notify_all()
 
     def is_nearly_free(self, seconds: float) -> bool:

@@ -58,6 +58,7 @@ class Worker:
             first_retry=settings.callback_retry_seconds,
             give_up=settings.callback_give_up_seconds,
             request_timeout=settings.callback_timeout_seconds,
+            report=parts.registry.report,
         )
         self._processing = ProcessingReports(parts.callbacks)
         self._settler = Settler(parts, self._stopping, on_callback=self._dispatcher.wake)
@@ -121,7 +122,8 @@ class Worker:
                     if claim.is_cancelled:
                         self._settler.end_unrun(claim, JobCancelled("the job was cancelled before it ran"))
                     else:
-                        self._begin(ActiveJob(claim=claim, held_until=asked_at + self._settings.lease_seconds))
+                        held_until = asked_at + self._settings.lease_seconds
+                        self._begin(ActiveJob(claim=claim, asked_at=asked_at, held_until=held_until))
                     if until is Until.ONE_JOB:
                         return
                 elif until is Until.DRAINED and not len(self._jobs) and self._is_drained():
@@ -173,12 +175,17 @@ class Worker:
         claim = active.claim
         try:
             outcome = self._parts.runner.run(
-                claim.raw, attempt=claim.attempt, attempts=active.attempt_facts, watch=active.watch
+                claim.raw,
+                attempt=claim.attempt,
+                attempts=active.attempt_facts,
+                watch=active.watch,
+                queue=claim.queue,
+                asked_at=active.asked_at,
             )
             # It must be over before a terminal report can go out. A job that is handed back has none.
             self._processing.wait(active, 0.0 if self._settler.is_handed_back(active, outcome) else None)
             if active.is_lost:
-                logger.warning("job %s was lost to another worker; nothing is reported", claim.key)
+                self._settler.release_lost(active, outcome)
             else:
                 self._settler.settle(active, outcome)
         except QueueUnavailable as error:
