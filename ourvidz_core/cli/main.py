@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import ourvidz_core
+from ourvidz_core.cli.check import check_plugins
 from ourvidz_core.cli.demo import demo
 from ourvidz_core.cli.doctor import doctor
 from ourvidz_core.cli.inspect import job_types, plugins
@@ -82,6 +83,7 @@ def cli(context: click.Context, log_level: str | None) -> None:
 
 for _command in (run, enqueue, worker, job_types, plugins, demo, queue, cancel, doctor):
     cli.add_command(_command)
+plugins.add_command(check_plugins)
 
 
 def main(arguments: list[str] | None = None) -> int:
