@@ -40,6 +40,8 @@ PREFIX = "OURVIDZ_"
 SETTINGS_FILE = "OURVIDZ_SETTINGS"
 #: The section of a storage backend's own settings. The engine gets none of them: there are keys among them.
 STORAGE_SECTION = "storage"
+#: Tables of the file that are no settings of one process: each describes a worker of ``ourvidz up``.
+WORKER_TABLES = "workers"
 _SEARCHED_CHARACTERS = 8
 #: Names without our prefix that deployments already use; ours win.
 WELL_KNOWN_NAMES = {
@@ -240,6 +242,19 @@ class Settings:
         factory=dict, help="Environment of the engine process beyond the worker's own, as JSON"
     )
 
+    # -- orchestrator
+    restart_first_seconds: float = option(
+        default=1.0,
+        validator=_positive,
+        help="ourvidz up starts a worker that ended by itself again after this; doubles with each failure in a row",
+    )
+    restart_longest_seconds: float = option(
+        default=60.0, validator=_positive, help="No restart waits longer than this, however often it has failed"
+    )
+    restart_reset_seconds: float = option(
+        default=300.0, validator=_positive, help="A worker that ran for this long has not failed to start"
+    )
+
     # -- this machine
     state_dir: Path = option(
         factory=lambda: user_state_path("ourvidz"), help="Where the embedded Redis and the default directories live"
@@ -300,6 +315,23 @@ def load_section(section: type[Section], environ: Mapping[str, str] = os.environ
     return _load_class(section, name, environ)
 
 
+def load_worker_tables(environ: Mapping[str, str] = os.environ) -> list[dict[str, Any]]:
+    """The tables ``[[ourvidz.workers]]`` of the settings file, as they are written there.
+
+    :raises SettingsError: they are no tables, or the file cannot be read.
+    """
+    path = environ.get(SETTINGS_FILE)
+    if not path:
+        return []
+    try:
+        tables = tomllib.loads(Path(path).read_text("utf-8")).get("ourvidz", {}).get(WORKER_TABLES, [])
+    except (OSError, ValueError, AttributeError) as error:
+        raise SettingsError(f"{SETTINGS_FILE} names {path}, which cannot be read: {error}") from None
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise SettingsError(f"{WORKER_TABLES} in {path} must be tables: [[ourvidz.{WORKER_TABLES}]]")
+    return tables
+
+
 def variable_of(name: str, section: str = "") -> str:
     """The environment variable of a setting."""
     return PREFIX + (f"{section}_{name}" if section else name).upper()
@@ -333,6 +365,8 @@ def _variables_of_file(path: str | None) -> dict[str, str]:
     table: dict[str, Any] = tomllib.loads(Path(path).read_text("utf-8")).get("ourvidz", {})
     variables: dict[str, str] = {}
     for name, value in table.items():
+        if name == WORKER_TABLES:
+            continue
         if isinstance(value, dict) and name.replace("-", "_") not in attrs.fields_dict(Settings):
             variables |= {variable_of(key.replace("-", "_"), name): _as_variable(inner) for key, inner in value.items()}
         else:
@@ -382,7 +416,7 @@ class _Table(TomlFormat):
         return {
             name: value
             for name, value in values.items()
-            if not isinstance(value, dict) or name.replace("-", "_") in names
+            if name != WORKER_TABLES and (not isinstance(value, dict) or name.replace("-", "_") in names)
         }
 
 
