@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -16,3 +17,10 @@ def logging_as_it_was() -> Iterator[None]:
     yield
     root.setLevel(level)
     root.handlers[:] = handlers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def old_objects_left_alone() -> None:
+    """Each host that closes collects garbage, a quarter of a second where torch is imported; what is here stays."""
+    gc.collect()
+    gc.freeze()
