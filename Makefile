@@ -37,6 +37,7 @@ docs: $(VENV)/installed
 # Under a minute: only what needs no torch is installed with all that it needs.
 dist: $(VENV)/installed
 	$(BIN)/python deploy/dist.py
+	$(BIN)/python deploy/check_dockerfile.py
 
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/startup.py
@@ -46,7 +47,7 @@ benchmarks: $(VENV)/installed
 clean:
 	rm -rf $(VENV) $(DEMO) site dist
 
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml examples/models/*/pyproject.toml)
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml examples/models/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
 		|| { echo "Python 3.11 or 3.12 is needed: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,8 @@
 """Build every distribution of this repository, check what came of it, and install it where nothing else is.
 
-``python deploy/dist.py`` leaves wheels and source distributions in ``dist/``. Wheels are built from the source
-distributions, so that these are known to be whole. ``--no-install`` leaves the clean environment out.
+``python deploy/dist.py`` leaves wheels and source distributions in ``dist/``, and beside them ``requirements.txt``,
+what the released ones need of others. Wheels are built from the source distributions, so that these are known to be
+whole. ``--no-install`` leaves the clean environment out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from email.message import Message
 from pathlib import Path
 
 from attrs import field, frozen
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 #: Every distribution that is released, and the examples that a reader installs.
@@ -39,6 +41,7 @@ _NEVER = re.compile(
 )
 #: Distributions that need gigabytes of torch; they are installed beside their dependencies that are there.
 _HEAVY = "torch"
+_OURS = "ourvidz-"
 
 
 @frozen
@@ -63,15 +66,30 @@ class Wheel:
         return str(self.metadata["Name"])
 
     @property
-    def requirements(self) -> tuple[str, ...]:
+    def is_ours(self) -> bool:
+        """Whether it is released; the others are examples."""
+        return self.name.startswith(_OURS)
+
+    @property
+    def requirements(self) -> list[Requirement]:
         """What it needs, extras left out."""
-        needed = self.metadata.get_all("Requires-Dist") or ()
-        return tuple(str(line) for line in needed if "extra ==" not in str(line))
+        needed = [Requirement(str(line)) for line in self.metadata.get_all("Requires-Dist") or ()]
+        return [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
 
     @property
     def is_heavy(self) -> bool:
         """Whether it needs torch."""
-        return any(re.match(rf"{_HEAVY}\b", line) for line in self.requirements)
+        return any(one.name == _HEAVY for one in self.requirements)
+
+
+def requirements(wheels: Sequence[Wheel]) -> str:
+    """What the released wheels need of others, a line each, as pip reads it."""
+    needed: dict[str, Requirement] = {}
+    for one in (one for wheel in wheels if wheel.is_ours for one in wheel.requirements):
+        if not one.name.startswith(_OURS):
+            known = needed.setdefault(one.name, one)
+            known.specifier &= one.specifier
+    return "".join(f"{needed[name]}\n" for name in sorted(needed))
 
 
 def build(target: Path) -> list[Wheel]:
@@ -103,7 +121,7 @@ def faults(wheels: Sequence[Wheel]) -> Iterator[str]:
         )
         if not any("/licenses/" in name for name in wheel.names):
             yield f"{wheel.name}: it carries no licence"
-    ours = {wheel.name: str(wheel.metadata["Version"]) for wheel in wheels if wheel.name.startswith("ourvidz-")}
+    ours = {wheel.name: str(wheel.metadata["Version"]) for wheel in wheels if wheel.is_ours}
     if len(set(ours.values())) > 1:
         yield f"the versions differ: {ours}"
 
@@ -160,8 +178,18 @@ def main() -> int:
     parser.add_argument("--no-install", action="store_true", help="build and check only")
     options = parser.parse_args()
     wheels = build(options.out)
+    (options.out / "requirements.txt").write_text(requirements(wheels), "utf-8")
     found = list(faults(wheels))
-    _run([sys.executable, "-m", "twine", "check", "--strict", *map(str, sorted(options.out.iterdir()))])
+    _run(
+        [
+            sys.executable,
+            "-m",
+            "twine",
+            "check",
+            "--strict",
+            *(str(path) for path in sorted(options.out.iterdir()) if path.suffix in (".whl", ".gz")),
+        ]
+    )
     if not options.no_install:
         with tempfile.TemporaryDirectory() as directory:
             found += use(wheels, install(wheels, Path(directory, "environment")), Path(directory))
