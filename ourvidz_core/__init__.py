@@ -6,8 +6,10 @@ or extend the framework itself.
 
 from __future__ import annotations
 
+from ourvidz_core.engine.pictures import write_png
 from ourvidz_core.errors import (
     ArtifactError,
+    CommandFailed,
     Fault,
     GenerationError,
     JobCancelled,
@@ -24,29 +26,49 @@ from ourvidz_core.plugins.hookspecs import hookimpl
 from ourvidz_core.settings import load_section
 from ourvidz_core.wire.artifacts import Artifact, Generation
 from ourvidz_core.wire.commands import Command
-from ourvidz_core.wire.events import Event
+from ourvidz_core.wire.events import (
+    AssetStored,
+    Event,
+    GenerationFinished,
+    GenerationProgressed,
+    JobCompleted,
+    JobFailed,
+    JobReleased,
+    JobRetried,
+    JobStarted,
+    ReferencesFetched,
+)
 from ourvidz_core.wire.findings import Check, Finding
 from ourvidz_core.wire.job_types import ContentType, JobType, Quality
 from ourvidz_core.wire.jobs import Job, Reference, ReferenceMode, References, seed_of
-from ourvidz_core.wire.payloads import Payload
+from ourvidz_core.wire.payloads import Payload, without_token
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Artifact",
     "ArtifactError",
+    "AssetStored",
     "Check",
     "Command",
+    "CommandFailed",
     "ContentType",
     "Event",
     "Fault",
     "Finding",
     "Generation",
     "GenerationError",
+    "GenerationFinished",
+    "GenerationProgressed",
     "Job",
     "JobCancelled",
+    "JobCompleted",
     "JobContext",
     "JobError",
+    "JobFailed",
+    "JobReleased",
+    "JobRetried",
+    "JobStarted",
     "JobTimeout",
     "JobType",
     "ModelUnavailable",
@@ -59,10 +81,13 @@ __all__ = [
     "Reference",
     "ReferenceMode",
     "References",
+    "ReferencesFetched",
     "default_config",
     "default_job",
     "expected_seconds_of",
     "hookimpl",
     "load_section",
     "seed_of",
+    "without_token",
+    "write_png",
 ]

@@ -19,6 +19,7 @@ from ourvidz_core.cli.demo import demo
 from ourvidz_core.cli.doctor import doctor
 from ourvidz_core.cli.inspect import job_types, plugins
 from ourvidz_core.cli.jobs import enqueue, run
+from ourvidz_core.cli.new import new
 from ourvidz_core.cli.queue import cancel, queue
 from ourvidz_core.cli.serve import worker
 from ourvidz_core.errors import JobError, OurVidzError, PluginError, QueueError, SettingsError
@@ -81,7 +82,7 @@ def cli(context: click.Context, log_level: str | None) -> None:
     context.obj = {"log_level": log_level}
 
 
-for _command in (run, enqueue, worker, job_types, plugins, demo, queue, cancel, doctor):
+for _command in (run, enqueue, worker, job_types, plugins, demo, queue, cancel, doctor, new):
     cli.add_command(_command)
 plugins.add_command(check_plugins)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         ReceivedRequest,
         SupabaseServer,
     )
-    from ourvidz_core.testing.stand_in import stand_in
+    from ourvidz_core.testing.stand_in import stand_in_plugin
     from ourvidz_core.testing.suite import ConformanceSuite
 
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     "make_distribution": "distributions",
     "plugin_module": "host",
     "plugin_of": "host",
-    "stand_in": "stand_in",
+    "stand_in_plugin": "stand_in",
 }
 
 __all__ = [
@@ -57,7 +57,7 @@ __all__ = [
     "make_distribution",
     "plugin_module",
     "plugin_of",
-    "stand_in",
+    "stand_in_plugin",
 ]
 
 

@@ -27,7 +27,7 @@ class StandInConfig:
     width: int = 64
 
 
-def stand_in() -> FoundPlugin:
+def stand_in_plugin() -> FoundPlugin:
     """The plugin, for a :class:`~ourvidz_core.testing.host.PluginHost`: owns ``stand_in`` and ``stand_in_command``."""
     return FoundPlugin(distribution=DISTRIBUTION, version="1.0", load=lambda: sys.modules[__name__])
 

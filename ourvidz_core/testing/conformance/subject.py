@@ -20,7 +20,7 @@ from ourvidz_core.settings import Settings
 from ourvidz_core.testing.conformance.results import NotChecked
 from ourvidz_core.testing.conformance.trials import TrialContext, TrialEngine
 from ourvidz_core.testing.host import PluginHost, host_settings
-from ourvidz_core.testing.stand_in import stand_in
+from ourvidz_core.testing.stand_in import stand_in_plugin
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job, Reference
@@ -200,7 +200,7 @@ class Subject:
     def _plugins(self) -> tuple[FoundPlugin, ...]:
         with PluginHost(self._root / "alone", self.plugin, settings=self._settings) as host:
             owns_types = bool(host.registry.job_types)
-        return (self.plugin,) if owns_types else (self.plugin, stand_in())
+        return (self.plugin,) if owns_types else (self.plugin, stand_in_plugin())
 
     @contextlib.contextmanager
     def _observers_heard(self) -> Iterator[None]:
