@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -193,8 +193,18 @@ def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
 
 
 @contextlib.contextmanager
-def make_worker(settings: Settings, registry: Registry, queue: Queue, queues: Sequence[str]) -> Iterator[Worker]:
-    """A worker for ``queues``; all but ``queue`` ends with the block."""
+def make_worker(
+    settings: Settings,
+    registry: Registry,
+    queue: Queue,
+    queues: Sequence[str],
+    *,
+    impossible: Mapping[str, str] | None = None,
+) -> Iterator[Worker]:
+    """A worker for ``queues``; all but ``queue`` ends with the block.
+
+    ``impossible`` are job types that cannot be done here, and why.
+    """
     from ourvidz_core.delivery.spool import DirectorySpool
     from ourvidz_core.worker.parts import WorkerParts
     from ourvidz_core.worker.worker import Worker
@@ -214,5 +224,6 @@ def make_worker(settings: Settings, registry: Registry, queue: Queue, queues: Se
             workspace=machine.workspace,
             settings=settings,
             spool=spool,
+            impossible=impossible or {},
         )
         yield Worker(parts, queues)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -33,6 +34,8 @@ class WorkerParts:
     workspace: Workspace
     settings: Settings = field(repr=False)
     spool: Spool = field(factory=NoSpool)
+    #: Job types that cannot be done here, and why: their jobs are left to other workers.
+    impossible: Mapping[str, str] = field(factory=dict)
 
 
 @attrs.define(kw_only=True, eq=False)

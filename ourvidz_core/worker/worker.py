@@ -14,7 +14,9 @@ from enum import StrEnum
 
 import attrs
 
-from ourvidz_core.errors import JobCancelled, QueueError, QueueUnavailable
+from ourvidz_core.delivery.queue import Claim
+from ourvidz_core.errors import JobCancelled, PayloadError, QueueError, QueueUnavailable
+from ourvidz_core.wire.payloads import decode_message
 from ourvidz_core.worker.dispatcher import CallbackDispatcher
 from ourvidz_core.worker.leases import LeaseKeeper
 from ourvidz_core.worker.parts import ActiveJob, ActiveJobs, Stopping, WorkerParts
@@ -29,6 +31,8 @@ MAX_ACTIVE = 3
 #: Not sooner: until then another worker may take it and start at once.
 PREFETCH_SECONDS = 3.0
 _IDLE_SECONDS = 2.0
+#: A job of a type that cannot be done here is offered again after this long, to whoever asks first then.
+LEFT_SECONDS = 30.0
 _LONGEST_BACKOFF = 10.0
 
 
@@ -118,7 +122,9 @@ class Worker:
                 claim = self._queue.claim(
                     self._queues, worker=self._settings.worker_name, lease=self._settings.lease_seconds
                 )
-                if claim is not None:
+                if claim is not None and self._leaves(claim):
+                    self._queue.hand_back(claim, delay=LEFT_SECONDS, counts_as_attempt=False)
+                elif claim is not None:
                     if claim.is_cancelled:
                         self._settler.end_unrun(claim, JobCancelled("the job was cancelled before it ran"))
                     else:
@@ -157,6 +163,19 @@ class Worker:
     def _is_drained(self) -> bool:
         depths = [self._queue.depth(queue) for queue in self._queues]
         return not any(depth.waiting or depth.retrying or depth.in_flight for depth in depths)
+
+    def _leaves(self, claim: Claim) -> bool:
+        """Whether the job is of a type that cannot be done here."""
+        if not self._parts.impossible:
+            return False
+        try:
+            job_type = decode_message(claim.raw).get("type")
+        except PayloadError:
+            return False  # its report says what is wrong with it
+        reason = self._parts.impossible.get(job_type) if isinstance(job_type, str) else None
+        if reason is not None:
+            logger.info("job %s (%s) is left to other workers: %s", claim.key, job_type, reason)
+        return reason is not None
 
     # -- one job
 
