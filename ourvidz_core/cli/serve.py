@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import attrs
 import click
 
 from ourvidz_core.cli.common import open_registry, open_settings
 from ourvidz_core.errors import SettingsError
+
+logger = logging.getLogger(__name__)
+
+#: A worker without its orchestrator has this long to hand back what it has; then its lease ends.
+ALONE_SECONDS = 20.0
 
 
 @click.command()
@@ -23,13 +30,25 @@ from ourvidz_core.errors import SettingsError
 )
 @click.option("--once", is_flag=True, help="Work on one job, then end.")
 @click.option("--drain", is_flag=True, help="Work until the queues are empty, then end.")
-def worker(queues: str | None, require: tuple[str, ...], once: bool, drain: bool) -> None:
+@click.option("--no-checks", is_flag=True, help="Start without looking at Redis, storage and models first.")
+@click.option("--supervisor", type=int, hidden=True, help="Descriptor of the line to ourvidz up.")
+def worker(  # noqa: PLR0917 - click names them all
+    queues: str | None, require: tuple[str, ...], once: bool, drain: bool, no_checks: bool, supervisor: int | None
+) -> None:
     """Take jobs from the queues, store what they make, and report.
 
     SIGTERM or Ctrl-C: no more jobs are taken, those at hand may finish for
     OURVIDZ_DRAIN_SECONDS and are then handed back. A second one hands them back at once.
+
+    What cannot be done here is not taken: a queue whose models are missing is not served, and
+    jobs of such a type in a mixed queue are left to other workers. ourvidz doctor says more.
+    With --once and --drain they fail instead, and say why.
     """
+    from ourvidz_core.cli.doctor import start_checks
     from ourvidz_core.cli.wiring import make_queue, make_worker
+    from ourvidz_core.doctor.examine import examine
+    from ourvidz_core.doctor.fitness import Fitness, judge, refuse_start
+    from ourvidz_core.orchestrator.link import WorkerEnd
     from ourvidz_core.worker.worker import Until
 
     stops: list[Callable[[], None]] = []
@@ -43,6 +62,7 @@ def worker(queues: str | None, require: tuple[str, ...], once: bool, drain: bool
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    line = WorkerEnd(supervisor, lambda: _end_alone(stops)) if supervisor is not None else None
     settings = open_settings()
     settings = attrs.evolve(settings, require_plugins=[*settings.require_plugins, *require])
     registry = open_registry(settings)
@@ -55,10 +75,31 @@ def worker(queues: str | None, require: tuple[str, ...], once: bool, drain: bool
     until = Until.ONE_JOB if once else Until.DRAINED if drain else Until.STOPPED
     queue = make_queue(settings)
     try:
-        with make_worker(settings, registry, queue, chosen) as running:
+        fitness = Fitness(queues=chosen)
+        if not no_checks:
+            examined = examine(start_checks(settings, registry, chosen))
+            refuse_start(examined)
+            if until is Until.STOPPED:
+                fitness = judge(examined, chosen, registry.job_types)
+        for what, reason in fitness.left_out.items():
+            logger.error("%s is left to other workers: %s", what, reason)
+        with make_worker(settings, registry, queue, fitness.queues, impossible=fitness.impossible) as running:
             stops.append(running.stop)
             if asked.is_set():
                 running.stop()
+            if line is not None:
+                line.say_ready(fitness.queues, fitness.left_out)
             running.run(until)
     finally:
         queue.close()
+
+
+def _end_alone(stops: Sequence[Callable[[], None]]) -> None:
+    """The orchestrator is gone, and a new one starts workers of its own: hand everything back, and end."""
+    if not stops:
+        os._exit(0)  # nothing was taken yet
+    limit = threading.Timer(ALONE_SECONDS, os._exit, [1])
+    limit.daemon = True
+    limit.start()
+    for stop in (*stops, *stops):
+        stop()
