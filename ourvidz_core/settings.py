@@ -33,6 +33,7 @@ from typed_settings.loaders import DictLoader, FileLoader, Loader, TomlFormat
 from typed_settings.types import OptionList, SecretStr, SettingsDict
 
 from ourvidz_core.errors import SettingsError
+from ourvidz_core.redaction import SHORTEST_SECRET, redact
 
 Section = TypeVar("Section")
 
@@ -42,7 +43,6 @@ SETTINGS_FILE = "OURVIDZ_SETTINGS"
 STORAGE_SECTION = "storage"
 #: Tables of the file that are no settings of one process: each describes a worker of ``ourvidz up``.
 WORKER_TABLES = "workers"
-_SEARCHED_CHARACTERS = 8
 #: Names without our prefix that deployments already use; ours win.
 WELL_KNOWN_NAMES = {
     "redis_url": "REDIS_URL",
@@ -50,6 +50,8 @@ WELL_KNOWN_NAMES = {
     "upstash_redis_rest_token": "UPSTASH_REDIS_REST_TOKEN",
     "supabase_url": "SUPABASE_URL",
     "supabase_service_key": "SUPABASE_SERVICE_KEY",
+    "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "otlp_headers": "OTEL_EXPORTER_OTLP_HEADERS",
 }
 
 
@@ -78,6 +80,13 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+class LogFormat(StrEnum):
+    """What a line of the log is."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 def _positive(_: object, attribute: Any, value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{attribute.name} must be a number above 0, not {value}")
@@ -92,6 +101,12 @@ def _positive_values(_: object, attribute: Any, values: Mapping[str, float]) -> 
     for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{attribute.name} of {name} must be a number above 0, not {value}")
+
+
+def _address_or_off(_: object, attribute: Any, value: str) -> None:
+    host, _, port = value.rpartition(":")
+    if value != "off" and not (host and port.isdecimal() and int(port) < 2**16):
+        raise ValueError(f"{attribute.name} must be host:port or off, not {value!r}")
 
 
 def _secret_default() -> SecretStr:
@@ -269,6 +284,27 @@ class Settings:
         factory=lambda: f"{socket.gethostname()}-{os.getpid()}", help="Name of this worker in records and logs"
     )
     log_level: LogLevel = option(default=LogLevel.INFO, help="How much is logged: debug, info, warning or error")
+    log_format: LogFormat = option(
+        default=LogFormat.TEXT, help="text, or json: one object a line, with the job's id and type"
+    )
+    log_prompts: bool = option(default=False, help="Whether prompts may be in the log")
+
+    # -- watching
+    health_address: str = option(
+        default="127.0.0.1:9464",
+        validator=_address_or_off,
+        help="host:port where a worker answers /healthz, /readyz and /metrics; port 0 is any free one; off for none",
+    )
+    metrics_url: str | None = option(
+        default=None, help="Where the worker and completion records of each job are POSTed, as JSON"
+    )
+    metrics_key: SecretStr = secret(factory=_secret_default, help="Bearer token of metrics_url")
+    otlp_endpoint: str | None = option(
+        default=None, help="OpenTelemetry collector that traces are sent to over HTTP; needs ourvidz-core[otel]"
+    )
+    otlp_headers: SecretStr = secret(
+        factory=_secret_default, help="Headers for that collector, as name=value, comma-separated"
+    )
 
     @property
     def redis_address(self) -> str | None:
@@ -291,7 +327,8 @@ class Settings:
         values = (getattr(self, field.name) for field in attrs.fields(Settings))
         known = [str(value) for value in values if isinstance(value, SecretStr) and value]
         password = urlsplit(str(self.redis_url)).password
-        return (*known, *((password, unquote(password)) if password else ()))
+        headers = [header.partition("=")[2].strip() for header in str(self.otlp_headers).split(",")]
+        return (*known, *((password, unquote(password)) if password else ()), *filter(None, headers))
 
 
 def load(environ: Mapping[str, str] = os.environ, **overrides: Any) -> Settings:
@@ -382,7 +419,7 @@ def _as_variable(value: Any) -> str:
 
 def _holds(value: str, secret: str) -> bool:
     """A secret of a few characters, such as a laptop's ``dev``, is found in many a path by chance."""
-    return value == secret or (len(secret) >= _SEARCHED_CHARACTERS and secret in value)
+    return value == secret or (len(secret) >= SHORTEST_SECRET and secret in value)
 
 
 def _is_secret(name: str) -> bool:
@@ -402,9 +439,11 @@ def _load_class(cls: type[Section], section: str, environ: Mapping[str, str]) ->
     variables |= {n: environ[variable_of(n, section)] for n in names if environ.get(variable_of(n, section))}
     loaders.append(DictLoader(_split(cls, variables, section)))
     try:
-        return _load(cls, loaders, converter=default_converter(resolve_paths=False))
+        loaded = _load(cls, loaders, converter=default_converter(resolve_paths=False))
     except (TsError, ValueError, TypeError, AttributeError) as error:  # the last: a table that is no table
         raise SettingsError(_explain(error, names, section)) from error
+    redact.add_secrets(str(value) for name in names if isinstance(value := getattr(loaded, name), SecretStr))
+    return loaded
 
 
 class _Table(TomlFormat):

@@ -30,6 +30,8 @@ SECRET_NAMES = [
     "callback_key",
     "callback_secret",
     "callback_secret_previous",
+    "metrics_key",
+    "otlp_headers",
 ]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 
+from ourvidz_core.logs import set_up
 from ourvidz_core.plugins.loading import load_registry
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.settings import Settings, load
@@ -25,15 +25,7 @@ def open_settings(*, at_least: int = logging.DEBUG) -> Settings:
     asked = (context.find_root().obj or {}).get("log_level") if context else None
     settings = load(log_level=asked)
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-    logging.basicConfig(
-        level=level if asked else max(level, at_least),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
-    # Its retries are ours to report, with the job's id.
-    logging.getLogger("stamina").setLevel(logging.ERROR)
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
+    set_up(settings, level=level if asked else max(level, at_least))
     return settings
 
 

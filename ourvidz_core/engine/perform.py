@@ -16,6 +16,7 @@ from ourvidz_core.engine.checks import check_artifact
 from ourvidz_core.engine.context import EngineContext
 from ourvidz_core.errors import ArtifactError, DiskFull, EngineUnusable, HookFailed, JobError, OutOfMemory
 from ourvidz_core.plugins.registry import Registry
+from ourvidz_core.redaction import redact
 from ourvidz_core.wire.artifacts import Artifact, FinishedGeneration
 from ourvidz_core.wire.jobs import Job
 
@@ -36,8 +37,9 @@ def perform(registry: Registry, job: Job, context: EngineContext) -> FinishedGen
         prepared = owned.prepare_job(job, context)
         if prepared != job:
             owned.review_job(prepared)
-        command = owned.build_command(prepared, context)
-        generation = owned.generate(prepared, command, context)
+        with redact.without_prompts(*prepared.texts):
+            command = owned.build_command(prepared, context)
+            generation = owned.generate(prepared, command, context)
     artifacts = tuple(_checked(artifact, context, owned.job_type.media_type) for artifact in generation.artifacts)
     if prepared.asset_count is not None and len(artifacts) != prepared.asset_count:
         raise ArtifactError(

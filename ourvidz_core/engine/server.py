@@ -30,8 +30,10 @@ from ourvidz_core.engine.protocol import (
     RunJob,
 )
 from ourvidz_core.errors import GenerationError, InternalError, JobError
+from ourvidz_core.logs import job_context, set_up
 from ourvidz_core.plugins.loading import load_registry
 from ourvidz_core.plugins.registry import Registry
+from ourvidz_core.redaction import redact
 from ourvidz_core.settings import Settings, load
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,10 @@ class EngineServer:
             on_progress=self._say_progress,
             cancelled=self._cancelled,
         )
+        with job_context(request.job.id, request.job.job_type), redact.without_prompts(*request.job.texts):
+            return self._answer(request, context)
+
+    def _answer(self, request: RunJob, context: EngineContext) -> JobFinished | JobBroken:
         try:
             return JobFinished(finished=perform(self._registry, request.job, context))
         except JobError as error:
@@ -127,9 +133,7 @@ def main(descriptor: int) -> None:
     # Whatever plugins and libraries print goes to stderr, which the worker reads as a log.
     os.dup2(2, 1)
     settings = load()
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
-    )
+    set_up(settings, is_engine=True)
     faulthandler.enable()  # a crash in native code says where
     os.set_inheritable(descriptor, False)  # a program that a plugin starts must not hold the pipe open
     connection = Connection(descriptor)

@@ -114,6 +114,11 @@ class Job:
     facts: Mapping[str, Any] = field(factory=dict)
 
     @property
+    def texts(self) -> tuple[str | None, ...]:
+        """What a person wrote, or a model in their place: it is kept out of logs."""
+        return (self.prompt, self.negative_prompt, self.enhanced_prompt)
+
+    @property
     def reference_mode(self) -> ReferenceMode:
         """Which reference images this job carries."""
         return self.references.mode

@@ -16,6 +16,7 @@ import attrs
 from ourvidz_core.delivery.callbacks import CallbackClient, retry_delay
 from ourvidz_core.delivery.queue import Queue, QueuedCallback
 from ourvidz_core.errors import CallbackRejected, CallbackUndelivered, QueueError
+from ourvidz_core.logs import job_context
 from ourvidz_core.wire.events import CallbackDelivered, CallbackRefused, Event
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,10 @@ class CallbackDispatcher:
                 self._wake.clear()
 
     def _deliver(self, callback: QueuedCallback) -> None:
+        with job_context(callback.job_id, _facts_of(callback)["job_type"]):
+            self._try_to_deliver(callback)
+
+    def _try_to_deliver(self, callback: QueuedCallback) -> None:
         now = time.time()
         callback = attrs.evolve(callback, first_tried_at=callback.first_tried_at or now)
         started = time.monotonic()

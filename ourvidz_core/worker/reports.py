@@ -111,6 +111,22 @@ def unrun_report(raw: bytes, error: JobError, *, attempts: Mapping[str, Any]) ->
     return failed_report(job_id, error, job_type=known_type, job=None, attempts=attempts)
 
 
+def prompts_of(raw: bytes) -> tuple[str, ...]:
+    """What a person wrote into a message, wherever the producer put it; nothing where it cannot be decoded."""
+    try:
+        message = decode_message(raw)
+    except PayloadError:
+        return ()
+    places = [message, message.get("config"), message.get("metadata")]
+    return tuple(
+        value
+        for place in places
+        if isinstance(place, Mapping)
+        for key, value in place.items()
+        if "prompt" in key and isinstance(value, str)
+    )
+
+
 def attempt_facts(attempt: int, reasons: Sequence[str], token: int | None = None) -> dict[str, Any]:
     """How often the job was tried, and why not only once.
 

@@ -27,6 +27,7 @@ from ourvidz_core.errors import (
     JobCancelled,
     JobError,
 )
+from ourvidz_core.logs import set_job_type
 from ourvidz_core.plugins.registry import OwnedJobType, Registry
 from ourvidz_core.wire import events
 from ourvidz_core.wire.artifacts import Artifact, Asset, FinishedGeneration
@@ -159,6 +160,7 @@ class JobRunner:
         walk.job_type = job_type if isinstance(job_type, str) and NAME_PATTERN.fullmatch(job_type) else None
         owned, job = self._parse(message)
         walk.job = job
+        set_job_type(job.job_type)
         owned.review_job(job)
         self._registry.report(
             events.JobStarted(

@@ -16,11 +16,14 @@ import attrs
 
 from ourvidz_core.delivery.queue import Claim
 from ourvidz_core.errors import JobCancelled, PayloadError, QueueError, QueueUnavailable
+from ourvidz_core.logs import job_context
+from ourvidz_core.redaction import redact
 from ourvidz_core.wire.payloads import decode_message
 from ourvidz_core.worker.dispatcher import CallbackDispatcher
 from ourvidz_core.worker.leases import LeaseKeeper
 from ourvidz_core.worker.parts import ActiveJob, ActiveJobs, Stopping, WorkerParts
 from ourvidz_core.worker.processing import ProcessingReports
+from ourvidz_core.worker.reports import prompts_of
 from ourvidz_core.worker.settling import Settler
 
 logger = logging.getLogger(__name__)
@@ -191,6 +194,10 @@ class Worker:
         threading.Thread(target=self._work_on, args=[active], name=f"job-{active.claim.token}", daemon=True).start()
 
     def _work_on(self, active: ActiveJob) -> None:
+        with job_context(active.claim.key), redact.without_prompts(*prompts_of(active.claim.raw)):
+            self._take(active)
+
+    def _take(self, active: ActiveJob) -> None:
         claim = active.claim
         try:
             outcome = self._parts.runner.run(
