@@ -8,19 +8,25 @@ import attrs
 import click
 
 from ourvidz_core.cli.common import open_registry, open_settings, print_json, table
-from ourvidz_core.wire.payloads import converter
+from ourvidz_core.wire.payloads import json_of
 
 
 @click.command("job-types")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
-def job_types(as_json: bool, markdown: bool) -> None:
+@click.option("--json-schema", is_flag=True, help="Print the JSON Schema (2020-12) of their messages.")
+def job_types(as_json: bool, markdown: bool, json_schema: bool) -> None:
     """List the job types that the installed plugins own."""
     registry = open_registry(open_settings(at_least=logging.ERROR))
+    if json_schema:
+        from ourvidz_core.wire.schemas import messages_schema
+
+        print_json(messages_schema(registry.job_types))
+        return
     if as_json:
         print_json(
             [
-                {**converter.unstructure(job_type), "plugin": registry.get(job_type.name).distribution}
+                {**json_of(job_type), "plugin": registry.get(job_type.name).distribution}
                 for job_type in registry.job_types
             ]
         )

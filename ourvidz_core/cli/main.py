@@ -24,6 +24,7 @@ from ourvidz_core.cli.queue import cancel, queue
 from ourvidz_core.cli.serve import worker
 from ourvidz_core.cli.status import status
 from ourvidz_core.cli.up import up
+from ourvidz_core.cli.validate import validate
 from ourvidz_core.errors import JobError, OurVidzError, PluginError, QueueError, SettingsError
 
 #: Plugins add commands of their own, click commands, under this entry-point group.
@@ -84,7 +85,7 @@ def cli(context: click.Context, log_level: str | None) -> None:
     context.obj = {"log_level": log_level}
 
 
-for _command in (run, enqueue, worker, job_types, plugins, demo, queue, cancel, doctor, new, up, status):
+for _command in (run, enqueue, worker, validate, job_types, plugins, demo, queue, cancel, doctor, new, up, status):
     cli.add_command(_command)
 plugins.add_command(check_plugins)
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import attrs
 
-from ourvidz_core.errors import HookFailed
+from ourvidz_core.errors import Fault, HookFailed, PayloadError
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.plugins.hookspecs import hookimpl
 from ourvidz_core.wire.artifacts import Generation
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job, References, seed_of
-from ourvidz_core.wire.payloads import Payload, structure, without_token
+from ourvidz_core.wire.keys import DefaultConfigKeys
+from ourvidz_core.wire.payloads import Payload, shown, structure, without_token
+
+Value = TypeVar("Value")
 
 
 def default_config(job_type: JobType, values: Mapping[str, Any]) -> Any:
@@ -37,18 +40,25 @@ def default_job(job_type: JobType, payload: Payload) -> Job:
 
     ``config`` is structured over the preset, a reference is ``config.image`` or
     ``metadata.reference_image_url``, the seed follows :func:`~ourvidz_core.wire.jobs.seed_of`.
+
+    :raises PayloadError: with every fault of the message at once.
     """
-    fields = attrs.fields_dict(type(job_type.preset))
-    understood = {*fields, "seed", "image", "expected_time", "content_type", "file_extension"}
+    faults: list[Fault] = []
+    seed = _read(lambda: seed_of(payload), faults)
+    config = _read(lambda: default_config(job_type, payload.config), faults)
+    reference_url = _read(lambda: _text_at(payload, "config.image", "metadata.reference_image_url"), faults)
+    if faults:
+        raise PayloadError.from_faults(faults)
+    understood = {*attrs.fields_dict(type(job_type.preset)), *attrs.fields_dict(DefaultConfigKeys)}
     return Job(
         id=payload.id,
         job_type=job_type.name,
         user_id=payload.user_id,
         prompt=payload.prompt,
         negative_prompt=payload.negative_prompt,
-        seed=seed_of(payload),
-        config=default_config(job_type, payload.config),
-        references=References.choose(single=payload.first("config.image", "metadata.reference_image_url")),
+        seed=cast(int, seed),
+        config=config,
+        references=References.choose(single=reference_url),
         model_variant=payload.model_variant,
         created_at=payload.created_at,
         expected_seconds=expected_seconds_of(payload),
@@ -87,6 +97,26 @@ class CoreDefaults:
                 " so nothing can make this job"
             )
         return Generation(artifacts=context.run(command))
+
+
+def _read(read: Callable[[], Value], faults: list[Fault]) -> Value | None:
+    """What ``read`` answers; where it refuses, its faults join the others."""
+    try:
+        return read()
+    except PayloadError as error:
+        faults.extend(error.faults)
+        return None
+
+
+def _text_at(payload: Payload, *paths: str) -> str | None:
+    for path in paths:
+        value = payload.first(path)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise PayloadError.from_faults([Fault(f"$.{path}", "a string", shown(value))])
+        return value
+    return None
 
 
 def _unstructured(preset: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import attrs
 from attrs import field, frozen, validators
 
+from ourvidz_core.wire.keys import DefaultMetadataKeys
+
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}")
 
 
@@ -30,6 +32,11 @@ class Quality(StrEnum):
 @frozen(kw_only=True)
 class NoConfig:
     """The configuration of a job type that has nothing to configure."""
+
+
+def _attrs_class(_: object, attribute: Any, value: Any) -> None:
+    if not isinstance(value, type) or not attrs.has(value):
+        raise TypeError(f"{attribute.name} must be an attrs class, not {value!r}")
 
 
 def _name(_: object, attribute: Any, value: str) -> None:
@@ -64,6 +71,10 @@ class JobType:
     quality: Quality | None = None
     #: The configuration that a message without ``config`` gets.
     preset: Any = field(factory=NoConfig, validator=_instance_of_attrs_class)
+    #: What ``parse_job`` reads of ``config``, where it is not the preset's fields: see :mod:`ourvidz_core.wire.keys`.
+    config_keys: type[Any] | None = field(default=None, validator=validators.optional(_attrs_class))
+    #: What ``parse_job`` reads of ``metadata``.
+    metadata_keys: type[Any] = field(default=DefaultMetadataKeys, validator=_attrs_class)
     #: Extension of the result files, without the dot; png or mp4 unless said.
     file_extension: str = field(validator=validators.matches_re(r"[a-z0-9]{1,8}"))
     media_type: str = field(validator=validators.matches_re(r"[a-z]+/[a-z0-9.+-]+"))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Set
 from datetime import UTC, datetime
 from enum import Enum
 from types import UnionType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_origin
 
 import attrs
 from attrs import field, frozen
@@ -45,16 +45,43 @@ class Payload:
     ``type`` decides what they mean. ``extras`` keeps top-level keys we do not know.
     """
 
-    id: str
-    type: str
-    prompt: str
-    user_id: str
-    config: Mapping[str, Any] = field(factory=dict)
-    metadata: Mapping[str, Any] = field(factory=dict)
-    created_at: datetime | None = None
-    negative_prompt: str | None = None
-    model_variant: str | None = None
-    bucket: str | None = None
+    id: str = field(
+        metadata={
+            "description": "1 to 128 letters, digits, `-` and `_`. Names the job in callbacks and the files in storage",
+            "json_schema": {"pattern": f"^{ID_PATTERN.pattern}$"},
+        }
+    )
+    type: str = field(metadata={"description": "The job type; the plugin that owns it decides everything else"})
+    prompt: str = field(metadata={"description": "May be empty where the job type allows it"})
+    user_id: str = field(
+        metadata={
+            "description": "Like `id`; the first part of every stored path",
+            "json_schema": {"pattern": f"^{ID_PATTERN.pattern}$"},
+        }
+    )
+    config: Mapping[str, Any] = field(
+        factory=dict, metadata={"description": "What to make, in the job type's own terms"}
+    )
+    metadata: Mapping[str, Any] = field(
+        factory=dict,
+        metadata={
+            "description": "What the producer knows besides; some job types look here where `config` has nothing"
+        },
+    )
+    created_at: datetime | None = field(
+        default=None,
+        metadata={
+            "description": "ISO 8601, UTC where it names no offset; no terminal callback goes out sooner than"
+            " `OURVIDZ_CALLBACK_MIN_AGE_SECONDS` after it"
+        },
+    )
+    negative_prompt: str | None = field(default=None, metadata={"description": "What shall not be seen"})
+    model_variant: str | None = field(
+        default=None, metadata={"description": "Which of several models, where the job type has more than one"}
+    )
+    bucket: str | None = field(
+        default=None, metadata={"description": "The producer's own note; results go to the job type's bucket"}
+    )
     extras: Mapping[str, Any] = field(factory=dict)
 
     def first(self, *paths: str) -> Any:
@@ -170,6 +197,14 @@ def without_token(value: Any) -> Any:
     if isinstance(value, str) and "://" in value:
         return value.partition("?")[0]
     return value
+
+
+def json_of(value: object) -> Any:
+    """``value`` as JSON holds it: a set as an array, and what JSON does not know as text."""
+    plain = json.dumps(
+        converter.unstructure(value), default=lambda odd: list(odd) if isinstance(odd, Set) else str(odd)
+    )
+    return json.loads(plain)
 
 
 def faults_of(error: BaseException, *, path: str = "$") -> list[Fault]:
@@ -307,6 +342,11 @@ def _is_enum(cls: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, Enum)
 
 
+def _is_class_of_something(cls: Any) -> bool:
+    origin: Any = get_origin(cls)
+    return cls is type or origin is type
+
+
 def _member(value: Any, cls: type[Enum]) -> Enum:
     try:
         return cls(value)
@@ -329,6 +369,10 @@ def make_converter() -> Converter:
     made.register_structure_hook(float, _number)
     made.register_structure_hook(datetime, _moment)
     made.register_unstructure_hook(datetime, lambda moment: moment.isoformat())
+    # A class that a value names is known to its readers by its name.
+    made.register_unstructure_hook_func(
+        lambda cls: cls is type or get_origin(cls) is type, lambda named: named.__name__
+    )
     made.register_structure_hook_func(_is_enum, _member)
     made.register_structure_hook_factory(attrs.has, lambda cls: _attrs_object(made, cls))
     # cattrs iterates over whatever it is given, so "abc" would be a list of three strings.

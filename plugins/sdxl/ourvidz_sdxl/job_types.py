@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ourvidz_core.wire.job_types import ContentType, JobType, Quality
 from ourvidz_sdxl.config import SdxlConfig
+from ourvidz_sdxl.keys import SdxlConfigKeys, SdxlMetadataKeys
 
 #: Weights in half precision and the work of one image of 1024x1024, in GiB.
 VRAM_GB = 10.0
@@ -15,6 +16,8 @@ JOB_TYPES = (
         content_type=ContentType.IMAGE,
         quality=Quality.FAST,
         preset=SdxlConfig(num_inference_steps=15, guidance_scale=6.0),
+        config_keys=SdxlConfigKeys,
+        metadata_keys=SdxlMetadataKeys,
         max_asset_mb=5.0,
         vram_gb=VRAM_GB,
         expected_seconds=30.0,
@@ -30,6 +33,8 @@ JOB_TYPES = (
         content_type=ContentType.IMAGE,
         quality=Quality.HIGH,
         preset=SdxlConfig(num_inference_steps=25, guidance_scale=7.5),
+        config_keys=SdxlConfigKeys,
+        metadata_keys=SdxlMetadataKeys,
         max_asset_mb=10.0,
         vram_gb=VRAM_GB,
         expected_seconds=42.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ourvidz_core.wire.job_types import ContentType, JobType, Quality
 from ourvidz_wan.config import WanConfig
+from ourvidz_wan.keys import WanConfigKeys, WanMetadataKeys, WanVideoConfigKeys
 
 WAN_QUEUE = "wan_queue"
 
@@ -23,6 +24,8 @@ JOB_TYPES = (
         content_type=ContentType.IMAGE,
         quality=Quality.FAST,
         preset=FAST_IMAGE,
+        config_keys=WanConfigKeys,
+        metadata_keys=WanMetadataKeys,
         max_asset_mb=5,
         vram_gb=IMAGE_VRAM_GB,
         expected_seconds=25,
@@ -35,6 +38,8 @@ JOB_TYPES = (
         content_type=ContentType.IMAGE,
         quality=Quality.HIGH,
         preset=HIGH_IMAGE,
+        config_keys=WanConfigKeys,
+        metadata_keys=WanMetadataKeys,
         max_asset_mb=10,
         vram_gb=IMAGE_VRAM_GB,
         expected_seconds=40,
@@ -47,6 +52,8 @@ JOB_TYPES = (
         content_type=ContentType.VIDEO,
         quality=Quality.FAST,
         preset=FAST_VIDEO,
+        config_keys=WanVideoConfigKeys,
+        metadata_keys=WanMetadataKeys,
         max_asset_mb=50,
         vram_gb=VIDEO_VRAM_GB,
         expected_seconds=135,
@@ -59,6 +66,8 @@ JOB_TYPES = (
         content_type=ContentType.VIDEO,
         quality=Quality.HIGH,
         preset=HIGH_VIDEO,
+        config_keys=WanVideoConfigKeys,
+        metadata_keys=WanMetadataKeys,
         max_asset_mb=200,
         vram_gb=VIDEO_VRAM_GB,
         expected_seconds=180,

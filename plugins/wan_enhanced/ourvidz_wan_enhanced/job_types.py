@@ -14,8 +14,10 @@ from ourvidz_wan.job_types import (
     VIDEO_VRAM_GB,
     WAN_QUEUE,
 )
+from ourvidz_wan.keys import WanMetadataKeys
 
 from ourvidz_core.wire.job_types import ContentType, JobType, Quality
+from ourvidz_wan_enhanced.keys import EnhancedConfigKeys, EnhancedVideoConfigKeys
 
 
 @frozen(kw_only=True)
@@ -39,6 +41,8 @@ JOB_TYPES = (
         content_type=ContentType.IMAGE,
         quality=Quality.FAST,
         preset=_enhanced(FAST_IMAGE),
+        config_keys=EnhancedConfigKeys,
+        metadata_keys=WanMetadataKeys,
         max_asset_mb=20,
         vram_gb=IMAGE_VRAM_GB,
         expected_seconds=85,
@@ -52,6 +56,8 @@ JOB_TYPES = (
         content_type=ContentType.IMAGE,
         quality=Quality.HIGH,
         preset=_enhanced(HIGH_IMAGE),
+        config_keys=EnhancedConfigKeys,
+        metadata_keys=WanMetadataKeys,
         max_asset_mb=20,
         vram_gb=IMAGE_VRAM_GB,
         expected_seconds=100,
@@ -65,6 +71,8 @@ JOB_TYPES = (
         content_type=ContentType.VIDEO,
         quality=Quality.FAST,
         preset=_enhanced(FAST_VIDEO),
+        config_keys=EnhancedVideoConfigKeys,
+        metadata_keys=WanMetadataKeys,
         max_asset_mb=100,
         vram_gb=VIDEO_VRAM_GB,
         expected_seconds=195,
@@ -78,6 +86,8 @@ JOB_TYPES = (
         content_type=ContentType.VIDEO,
         quality=Quality.HIGH,
         preset=_enhanced(HIGH_VIDEO),
+        config_keys=EnhancedVideoConfigKeys,
+        metadata_keys=WanMetadataKeys,
         max_asset_mb=100,
         vram_gb=VIDEO_VRAM_GB,
         expected_seconds=240,
