@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Set
 from datetime import UTC, datetime
 from enum import Enum
 from types import UnionType
-from typing import Any, TypeVar, cast, get_origin
+from typing import Any, TypeVar, cast
 
 import attrs
 from attrs import field, frozen
@@ -343,8 +343,7 @@ def _is_enum(cls: Any) -> bool:
 
 
 def _is_class_of_something(cls: Any) -> bool:
-    origin: Any = get_origin(cls)
-    return cls is type or origin is type
+    return cls is type or getattr(cls, "__origin__", None) is type
 
 
 def _member(value: Any, cls: type[Enum]) -> Enum:
