@@ -369,9 +369,7 @@ def make_converter() -> Converter:
     made.register_structure_hook(datetime, _moment)
     made.register_unstructure_hook(datetime, lambda moment: moment.isoformat())
     # A class that a value names is known to its readers by its name.
-    made.register_unstructure_hook_func(
-        lambda cls: cls is type or get_origin(cls) is type, lambda named: named.__name__
-    )
+    made.register_unstructure_hook_func(_is_class_of_something, lambda named: named.__name__)
     made.register_structure_hook_func(_is_enum, _member)
     made.register_structure_hook_factory(attrs.has, lambda cls: _attrs_object(made, cls))
     # cattrs iterates over whatever it is given, so "abc" would be a list of three strings.
