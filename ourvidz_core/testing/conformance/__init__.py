@@ -39,6 +39,8 @@ CHECKS: Mapping[str, ConformanceCheck] = {
     "exit-status": generation.check_exit_status,
     "events": generation.check_events,
 }
+#: Those that need no right sample.
+_WITHOUT_SAMPLES = frozenset({"loads", "light-import", "names", "samples"})
 
 
 def run_check(subject: Subject, name: str) -> CheckResult:
@@ -46,6 +48,8 @@ def run_check(subject: Subject, name: str) -> CheckResult:
     try:
         if name not in ("loads", "light-import") and subject.record.status is not PluginStatus.LOADED:
             raise NotChecked("it does not load")
+        if name not in _WITHOUT_SAMPLES and subject.is_sample_refused:
+            raise NotChecked("a sample is refused")
         flaws = tuple(CHECKS[name](subject))
     except NotChecked as reason:
         return CheckResult(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 from ourvidz_core.errors import (
     ArtifactError,
@@ -17,7 +18,7 @@ from ourvidz_core.errors import (
 )
 from ourvidz_core.testing.conformance.results import Flaw, NotChecked
 from ourvidz_core.testing.conformance.subject import CANARY, Subject, Trial
-from ourvidz_core.testing.conformance.trials import FailingCommandContext, NoMemoryContext, TrialContext, error_of
+from ourvidz_core.testing.conformance.trials import FAILING_STATUS, FailingCommandContext, TrialContext, error_of
 from ourvidz_core.wire.job_types import JobType
 
 #: A deadline that has passed when the job begins.
@@ -75,25 +76,24 @@ def check_callback(subject: Subject) -> Iterator[Flaw]:
 
 def check_out_of_memory(subject: Subject) -> Iterator[Flaw]:
     """A device without memory is reported as that, so that the job is tried again in a fresh engine."""
-
-    def judge(job_type: JobType, trial: Trial) -> Flaw | None:
-        error = trial.outcome.error
-        if isinstance(error, OutOfMemory):
-            return None
-        said = "the job completed" if error is None else f"the callback says {error_of(error)}"
-        return Flaw(
-            job_type=job_type.name,
-            problem=f"the device was out of memory, and {said}",
-            cure="let the error pass, or answer it with `raise OutOfMemory(...) from error`; catch no bare Exception"
-            " around the model",
+    is_met = False
+    for job_type, message in subject.first_samples:
+        plain = subject.finish(message)
+        plain.refuse_if_unavailable()
+        for part in sorted(plain.engine.context.used if plain.engine.context else ()):
+            is_met = True
+            trial = subject.try_out(message, make_context=partial(TrialContext, without_memory_at=part))
+            if not isinstance(trial.outcome.error, OutOfMemory):
+                yield Flaw(
+                    job_type=job_type.name,
+                    problem=f"the device was out of memory in context.{part}, and {_said(trial)}",
+                    cure="let the error pass, or answer it with `raise OutOfMemory(...) from error`;"
+                    " catch no bare Exception around the model",
+                )
+    if not is_met:
+        raise NotChecked(
+            "it uses neither context.models, context.progress nor context.run; no memory can run out there"
         )
-
-    yield from _each_type_in(
-        subject,
-        NoMemoryContext,
-        judge,
-        unmet="it uses neither context.models, context.progress nor context.run, so no memory can run out there",
-    )
 
 
 def check_time_out(subject: Subject) -> Iterator[Flaw]:
@@ -105,10 +105,9 @@ def check_time_out(subject: Subject) -> Iterator[Flaw]:
         if isinstance(error, JobTimeout):
             continue
         if trial.is_met:
-            said = "the job completed" if error is None else f"the callback says {error_of(error)}"
             yield Flaw(
                 job_type=job_type.name,
-                problem=f"the deadline passed, generate was told so with JobTimeout, and {said}",
+                problem=f"the deadline passed, generate was told so with JobTimeout, and {_said(trial)}",
                 cure="let JobTimeout and JobCancelled pass; catch no bare Exception around context.progress",
             )
         elif error is None or isinstance(error, EngineStalled):
@@ -129,19 +128,23 @@ def check_time_out(subject: Subject) -> Iterator[Flaw]:
 
 def check_exit_status(subject: Subject) -> Iterator[Flaw]:
     """A command that fails is reported with its exit status and the end of its output."""
-
-    def judge(job_type: JobType, trial: Trial) -> Flaw | None:
+    is_met = False
+    for job_type, message in subject.first_samples:
+        plain = subject.finish(message)
+        plain.refuse_if_unavailable()
+        if plain.engine.context is None or "run" not in plain.engine.context.used:
+            continue
+        is_met = True
+        trial = subject.try_out(message, make_context=FailingCommandContext)
         error = trial.outcome.error
-        if isinstance(error, CommandFailed) and error.details.get("exit_status") == 3:
-            return None
-        said = "the job completed" if error is None else f"the callback says {error_of(error)}"
-        return Flaw(
-            job_type=job_type.name,
-            problem=f"the command ended with exit status 3, and {said}",
-            cure="let CommandFailed pass: it carries the exit status and the end of the output into the callback",
-        )
-
-    yield from _each_type_in(subject, FailingCommandContext, judge, unmet="it runs no command")
+        if not isinstance(error, CommandFailed) or error.details.get("exit_status") != FAILING_STATUS:
+            yield Flaw(
+                job_type=job_type.name,
+                problem=f"the command ended with exit status {FAILING_STATUS}, and {_said(trial)}",
+                cure="let CommandFailed pass: it carries the exit status and the end of the output into the callback",
+            )
+    if not is_met:
+        raise NotChecked("it runs no command")
 
 
 def check_events(subject: Subject) -> Iterator[Flaw]:
@@ -157,23 +160,9 @@ def check_events(subject: Subject) -> Iterator[Flaw]:
         )
 
 
-def _each_type_in(
-    subject: Subject,
-    context_class: type[TrialContext],
-    judge: Callable[[JobType, Trial], Flaw | None],
-    *,
-    unmet: str,
-) -> Iterator[Flaw]:
-    is_met = False
-    for job_type, message in subject.first_samples:
-        trial = subject.try_out(message, context_class=context_class)
-        trial.refuse_if_unavailable()
-        if trial.is_met:
-            is_met = True
-            if (flaw := judge(job_type, trial)) is not None:
-                yield flaw
-    if not is_met:
-        raise NotChecked(unmet)
+def _said(trial: Trial) -> str:
+    error = trial.outcome.error
+    return "the job completed" if error is None else f"the callback says {error_of(error)}"
 
 
 def _unreported(job_type: JobType, error: JobError) -> Flaw:

@@ -13,7 +13,7 @@ import attrs
 from attrs import frozen
 
 from ourvidz_core.engine.models import ModelCache
-from ourvidz_core.errors import ModelUnavailable
+from ourvidz_core.errors import JobError, ModelUnavailable
 from ourvidz_core.plugins.loading import FoundPlugin, PluginRecord
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.settings import Settings
@@ -117,6 +117,16 @@ class Subject:
         """One sample message of each job type."""
         return list({job_type.name: (job_type, message) for job_type, message in reversed(self.samples)}.values())[::-1]
 
+    @cached_property
+    def is_sample_refused(self) -> bool:
+        """Whether a sample is no job, so that nothing can be tried with it."""
+        for _, message in self.samples:
+            try:
+                self.parse(message)
+            except JobError:
+                return True
+        return False
+
     def parse(self, message: Mapping[str, Any]) -> Job:
         """The job of a message; raises ``PayloadError`` where the plugin refuses it."""
         with self._host() as (host, _):
@@ -138,15 +148,15 @@ class Subject:
         self,
         message: Mapping[str, Any],
         *,
-        context_class: type[TrialContext] = TrialContext,
+        make_context: Callable[..., TrialContext] = TrialContext,
         timeout_seconds: float | None = None,
     ) -> Trial:
-        """Take a message to its outcome, in a context of that class."""
+        """Take a message to its outcome, in a context that ``make_context`` makes."""
         timeouts = dict(self._settings.job_timeouts_seconds)
         if timeout_seconds is not None:
             timeouts[message["type"]] = timeout_seconds
         settings = attrs.evolve(self._settings, job_timeouts_seconds=timeouts)
-        with self._host(settings, context_class) as (host, engine), self._observers_heard():
+        with self._host(settings, make_context) as (host, engine), self._observers_heard():
             return Trial(outcome=host.run(message), engine=engine)
 
     def finish(self, message: Mapping[str, Any]) -> Trial:
@@ -171,7 +181,7 @@ class Subject:
 
     @contextlib.contextmanager
     def _host(
-        self, settings: Settings | None = None, context_class: type[TrialContext] = TrialContext
+        self, settings: Settings | None = None, make_context: Callable[..., TrialContext] = TrialContext
     ) -> Iterator[tuple[PluginHost, TrialEngine]]:
         engines: list[TrialEngine] = []
 
@@ -181,7 +191,7 @@ class Subject:
                     registry,
                     settings,
                     models=self._models,
-                    context_class=context_class,
+                    make_context=make_context,
                     patience_seconds=self._patience_seconds,
                 )
             )

@@ -6,10 +6,11 @@ exit status 3. Only the memory that runs out is acted.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,8 @@ from ourvidz_core.wire.jobs import Job
 
 Model = TypeVar("Model")
 
-_FAILING_PROGRAM = "print('the program of the check fails'); raise SystemExit(3)"
+FAILING_STATUS = 3
+_FAILING_PROGRAM = f"print('the program of the check fails'); raise SystemExit({FAILING_STATUS})"
 
 
 class OutOfMemoryError(RuntimeError):
@@ -38,45 +40,44 @@ class OutOfMemoryError(RuntimeError):
 
 
 class TrialContext(EngineContext):
-    """The engine's context; remembers whether the plugin met the trouble."""
+    """The engine's context; remembers what a plugin used of it, and may be out of memory at one of these."""
 
-    is_met = False
+    def __init__(self, *, models: ModelCache, without_memory_at: str | None = None, **parts: Any) -> None:
+        super().__init__(models=_WatchedModels(models, self._use), **parts)
+        self._without_memory_at = without_memory_at
+        #: ``models``, ``progress`` and ``run``, as far as they were used.
+        self.used: set[str] = set()
+        #: Whether the plugin met what goes wrong.
+        self.is_met = False
 
     def progress(self, step: int, total: int, *, stage: str = "generate") -> None:
-        """Report a step, and remember that the plugin was told to stop."""
-        try:
+        """Report a step."""
+        self._use("progress")
+        with self._noting_the_end():
             super().progress(step, total, stage=stage)
-        except JobTimeout:
-            self.is_met = True
-            raise
 
     def run(self, command: Command) -> tuple[Artifact, ...]:
-        """Run the command, and remember that the plugin was told to stop."""
+        """Run the command; without memory it ends as torch does."""
         try:
+            self._use("run")
+        except OutOfMemoryError as error:
+            raise OutOfMemory(f"{command.argv[0]} had too little device memory for this job: {error}") from error
+        with self._noting_the_end():
             return super().run(command)
+
+    def _use(self, part: str) -> None:
+        self.used.add(part)
+        if part == self._without_memory_at:
+            self.is_met = True
+            raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    @contextlib.contextmanager
+    def _noting_the_end(self) -> Iterator[None]:
+        try:
+            yield
         except JobTimeout:
             self.is_met = True
             raise
-
-
-class NoMemoryContext(TrialContext):
-    """Whatever touches the device is out of memory, again and again."""
-
-    def __init__(self, **parts: Any) -> None:
-        super().__init__(**{**parts, "models": _NoRoom(self._refuse)})
-
-    def progress(self, step: int, total: int, *, stage: str = "generate") -> None:  # noqa: ARG002 - the protocol's
-        """A step of a sampler that has no memory left."""
-        self._refuse()
-
-    def run(self, command: Command) -> tuple[Artifact, ...]:
-        """A command that ends as torch does without memory."""
-        self.is_met = True
-        raise OutOfMemory(f"{command.argv[0]} had too little device memory for this job")
-
-    def _refuse(self) -> None:
-        self.is_met = True
-        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
 class FailingCommandContext(TrialContext):
@@ -88,16 +89,17 @@ class FailingCommandContext(TrialContext):
         return super().run(attrs.evolve(command, argv=(sys.executable, "-c", _FAILING_PROGRAM)))
 
 
-class _NoRoom(Models):
-    def __init__(self, refuse: Callable[[], None]) -> None:
-        self._refuse = refuse
+class _WatchedModels(Models):
+    def __init__(self, models: ModelCache, use: Callable[[str], None]) -> None:
+        self._models = models
+        self._use = use
 
-    def get(self, key: str, load: Callable[[], Model], *, vram_gb: float = 0.0) -> Model:  # noqa: ARG002
-        self._refuse()
-        raise AssertionError("refusing raises")
+    def get(self, key: str, load: Callable[[], Model], *, vram_gb: float = 0.0) -> Model:
+        self._use("models")
+        return self._models.get(key, load, vram_gb=vram_gb)
 
     def drop(self, key: str) -> None:
-        """There is nothing."""
+        self._models.drop(key)
 
 
 class TrialEngine(LocalEngine):
@@ -112,12 +114,12 @@ class TrialEngine(LocalEngine):
         settings: Settings,
         *,
         models: ModelCache,
-        context_class: type[TrialContext] = TrialContext,
+        make_context: Callable[..., TrialContext] = TrialContext,
         patience_seconds: float,
     ) -> None:
         super().__init__(registry, settings)
-        self._models = models
-        self._context_class = context_class
+        self._warm_models = models
+        self._make_context = make_context
         self._patience_seconds = patience_seconds
         self.context: TrialContext | None = None
         self.finished: FinishedGeneration | None = None
@@ -133,9 +135,9 @@ class TrialEngine(LocalEngine):
         cancelled: threading.Event | None = None,
     ) -> FinishedGeneration:
         """Generate ``job``; see :meth:`~ourvidz_core.engine.host.Engine.run`."""
-        self.context = context = self._context_class(
+        self.context = context = self._make_context(
             work_dir=work_dir,
-            models=self._models,
+            models=self._warm_models,
             timeout_seconds=timeout_seconds,
             device=self._device,
             on_progress=on_progress,
