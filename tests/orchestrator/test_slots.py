@@ -1,0 +1,183 @@
+"""When workers are started and stopped: whatever happens, in whatever order."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ourvidz_core.orchestrator.slots import RUNNING, Fleet, Patience, Slot, SlotState
+
+PATIENCE = Patience(first_seconds=1.0, longest_seconds=60.0, reset_seconds=300.0)
+NAMES = ("a", "b", "c")
+names = st.sampled_from(NAMES)
+
+
+@given(
+    first=st.floats(0.01, 100),
+    factor=st.floats(1, 1000),
+    failures=st.integers(1, 10_000),
+)
+def test_waits_grow_and_never_exceed_the_longest(first: float, factor: float, failures: int) -> None:
+    patience = Patience(first_seconds=first, longest_seconds=first * factor)
+    waits = [patience.delay(number) for number in (failures, failures + 1)]
+    assert first <= waits[0] <= waits[1] <= first * factor
+    assert patience.delay(1) == first
+
+
+class FleetMachine(RuleBasedStateMachine):
+    """Three workers that start, get ready and end as they like, and an operator who asks for anything at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.fleet = Fleet.of(NAMES, PATIENCE, self.now)
+        #: Processes that run, and those of them that were told to end.
+        self.processes: set[str] = set()
+        self.told: set[str] = set()
+        self.starts_after_the_end = 0
+
+    @rule(seconds=st.floats(0.0, 400.0))
+    def let_time_pass(self, seconds: float) -> None:
+        self.now += seconds
+        self.fleet.tick(self.now)
+
+    @rule()
+    def start_what_is_due(self) -> None:
+        for slot in self.fleet.due(self.now):
+            assert slot.name not in self.processes, "a slot has two processes"
+            slot.started(self.now)
+            self.processes.add(slot.name)
+            self.starts_after_the_end += self.fleet.is_ending
+
+    @rule(name=names)
+    def a_worker_gets_ready(self, name: str) -> None:
+        if name in self.processes:
+            self.fleet.slots[name].became_ready(self.now)
+
+    @precondition(lambda self: self.processes)
+    @rule(data=st.data(), code=st.sampled_from([0, 1, -9]))
+    def a_worker_ends(self, data: st.DataObject, code: int) -> None:
+        name = data.draw(st.sampled_from(sorted(self.processes)))
+        self.processes.discard(name)
+        self.told.discard(name)
+        self.fleet.slots[name].exited(self.now, code, ["the end"])
+
+    @rule()
+    def roll(self) -> None:
+        self.fleet.roll()
+
+    @rule()
+    def replace_the_next(self) -> None:
+        slot = self.fleet.next_to_roll(self.now)
+        if slot is not None:
+            assert slot.name in self.processes
+            assert slot.name not in self.told, "it was told to end before"
+            self.told.add(slot.name)
+
+    @rule()
+    def end(self) -> None:
+        for slot in self.fleet.end(self.now):
+            assert slot.name in self.processes
+            self.told.add(slot.name)
+
+    @invariant()
+    def a_slot_has_a_process_exactly_when_its_state_says_so(self) -> None:
+        assert self.processes == {name for name, slot in self.fleet.slots.items() if slot.state in RUNNING}
+
+    @invariant()
+    def nobody_is_told_to_end_unless_it_drains(self) -> None:
+        draining = {name for name, slot in self.fleet.slots.items() if slot.state is SlotState.DRAINING}
+        assert self.told == draining
+
+    @invariant()
+    def a_rolling_restart_replaces_one_at_a_time(self) -> None:
+        if not self.fleet.is_ending:
+            assert len(self.told) <= 1
+
+    @invariant()
+    def nothing_starts_after_the_end_was_asked_for(self) -> None:
+        assert not self.starts_after_the_end
+
+    @invariant()
+    def no_worker_is_given_up_before_the_end(self) -> None:
+        stopped = [name for name, slot in self.fleet.slots.items() if slot.state is SlotState.STOPPED]
+        assert not stopped or self.fleet.is_ending
+
+    @invariant()
+    def no_wait_is_longer_than_the_longest(self) -> None:
+        for slot in self.fleet.slots.values():
+            if slot.state is SlotState.WAITING:
+                assert slot.start_at - slot.since <= PATIENCE.longest_seconds
+
+    @invariant()
+    def it_is_over_when_it_is_ending_and_nobody_is_left(self) -> None:
+        assert self.fleet.is_over == (self.fleet.is_ending and not self.processes)
+
+
+TestFleet = FleetMachine.TestCase
+TestFleet.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def run_and_fail(slot: Slot, now: float, *, after: float) -> float:
+    """Start the slot's process, get it ready, and let it end by itself ``after`` seconds later."""
+    slot.started(now)
+    slot.became_ready(now)
+    slot.exited(now + after, 1, ["Traceback", "KeyError: 'x'"])
+    return now + after
+
+
+def test_a_worker_that_ends_again_and_again_is_a_crash_loop_and_is_still_started() -> None:
+    slot, now, waits = Slot(name="a", patience=PATIENCE), 0.0, []
+    for _ in range(12):
+        now = run_and_fail(slot, now, after=1.0)
+        waits.append(slot.start_at - now)
+        now = slot.start_at
+        assert slot.is_due(now)
+    assert waits[:7] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0]
+    assert slot.is_looping
+    assert slot.failures == 12
+    assert slot.failing_since == 1.0
+    assert slot.last_exit is not None
+    assert slot.last_exit.last_lines == ("Traceback", "KeyError: 'x'")
+
+
+@pytest.mark.parametrize("up_seconds", [299.0, 300.0])
+def test_a_worker_that_was_up_long_enough_begins_with_the_first_wait_again(up_seconds: float) -> None:
+    slot, now = Slot(name="a", patience=PATIENCE), 0.0
+    for _ in range(4):
+        now = run_and_fail(slot, now, after=0.0)
+        now = slot.start_at
+    now = run_and_fail(slot, now, after=up_seconds)
+    assert slot.start_at - now == (1.0 if up_seconds >= 300.0 else 16.0)
+    assert slot.is_looping == (up_seconds < 300.0)
+
+
+def test_a_rolling_restart_waits_until_the_new_worker_is_ready_even_if_that_takes_several_starts() -> None:
+    fleet = Fleet.of(["a", "b"], PATIENCE, 0.0)
+    for slot in fleet.due(0.0):
+        slot.started(0.0)
+        slot.became_ready(0.0)
+    fleet.roll()
+    first = fleet.next_to_roll(1.0)
+    assert first is not None
+    assert first.name == "a"
+    first.exited(2.0, 0)
+    for now in (2.0, 5.0):
+        first.started(now)
+        assert fleet.next_to_roll(now) is None, "b went before a's successor was ready"
+        first.exited(now + 1, 2, ["wrong setting"])
+    first.started(60.0)
+    first.became_ready(61.0)
+    second = fleet.next_to_roll(61.0)
+    assert second is not None
+    assert second.name == "b"
+
+
+def test_what_was_told_to_end_is_not_a_failure() -> None:
+    slot = Slot(name="a", patience=PATIENCE)
+    slot.started(0.0)
+    assert slot.drain(1.0, starts_again=True)
+    slot.exited(2.0, -15)
+    assert (slot.failures, slot.last_exit, slot.is_due(2.0)) == (0, None, True)
