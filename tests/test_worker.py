@@ -83,65 +83,71 @@ def test_a_job_becomes_a_stored_image_and_one_terminal_callback(fleet: ToyFleet)
     assert not list(fleet.work_dir.glob("worker-*"))
 
 
-@pytest.mark.parametrize(
-    ("raw", "error_type", "says"),
-    [
-        (b"{", None, "not JSON"),
-        (b'{"type": "toy_image"}', None, "$.id"),
-        (b'{"id": "x1", "type": "toy_image"}', "PayloadError", "$.user_id"),
-        (b'{"id": "x1", "type": "nope", "prompt": "", "user_id": "u"}', "UnknownJobType", "toy_brief, toy_image"),
-        (
-            b'{"id": "x1", "type": "toy_image", "prompt": 3, "user_id": "u", "config": {"width": "wide"}}',
-            "PayloadError",
-            "$.prompt: expected a string, got 3",
-        ),
-        (b'{"id": "../x1", "type": "toy_image", "prompt": "", "user_id": "u"}', None, "$.id"),
-        (b'{"id": "x1", "type": "toy_image", "prompt": "", "user_id": "../u"}', "PayloadError", "$.user_id"),
-    ],
-    ids=["not json", "no id", "no user", "unknown type", "wrong field", "id is a path", "user is a path"],
-)
-def test_a_bad_message_is_reported_and_kept_and_the_next_job_completes(
-    fleet: ToyFleet, raw: bytes, error_type: str | None, says: str
-) -> None:
-    fleet.client.lpush(QUEUE, raw)
+#: A message, the error that its callback names (None: nobody can be told), and the reason.
+BAD_MESSAGES = {
+    "not json": (b"{", None, "not JSON"),
+    "no id": (b'{"type": "toy_image"}', None, "$.id"),
+    "no user": (b'{"id": "x1", "type": "toy_image"}', "PayloadError", "$.user_id"),
+    "unknown type": (
+        b'{"id": "x2", "type": "nope", "prompt": "", "user_id": "u"}',
+        "UnknownJobType",
+        "toy_brief, toy_image",
+    ),
+    "wrong field": (
+        b'{"id": "x3", "type": "toy_image", "prompt": 3, "user_id": "u", "config": {"width": "wide"}}',
+        "PayloadError",
+        "$.prompt: expected a string, got 3",
+    ),
+    "id is a path": (b'{"id": "../x4", "type": "toy_image", "prompt": "", "user_id": "u"}', None, "$.id"),
+    "user is a path": (
+        b'{"id": "x5", "type": "toy_image", "prompt": "", "user_id": "../u"}',
+        "PayloadError",
+        "$.user_id",
+    ),
+}
+
+
+def test_bad_messages_are_reported_and_kept_and_the_next_job_completes(fleet: ToyFleet) -> None:
+    for raw, _, _ in BAD_MESSAGES.values():
+        fleet.client.lpush(QUEUE, raw)
     fleet.push("good")
     fleet.drain()
     assert fleet.last("good")["status"] == "completed"
-    (letter,) = fleet.queue.dead_letters(QUEUE)
-    assert letter.raw == raw
-    assert says in letter.reason
-    if error_type is None:
-        assert len(fleet.supabase.callbacks) == 2
-    else:
-        assert fleet.last("x1")["status"] == "failed"
-        assert fleet.last("x1")["metadata"]["error_type"] == error_type
-        assert says in fleet.last("x1")["error_message"]
+    letters = {letter.raw: letter.reason for letter in fleet.queue.dead_letters(QUEUE)}
+    assert letters.keys() == {raw for raw, _, _ in BAD_MESSAGES.values()}
+    for raw, error_type, says in BAD_MESSAGES.values():
+        assert says in letters[raw]
+        if error_type is not None:
+            body = fleet.last(json.loads(raw)["id"])
+            assert (body["status"], body["metadata"]["error_type"]) == ("failed", error_type)
+            assert says in body["error_message"]
+    reported = {request.json()["job_id"] for request in fleet.supabase.callbacks}
+    assert reported == {"x1", "x2", "x3", "x5", "good"}
 
 
-@pytest.mark.parametrize(
-    ("what", "error_type"),
-    [
-        ("raise", "RuntimeError"),
-        ("exit", "HookFailed"),
-        ("nonsense", "HookFailed"),
-        ("nothing", "HookFailed"),
-        ("empty", "ArtifactError"),
-        ("elsewhere", "ArtifactError"),
-        ("segfault", "EngineCrashed"),
-        ("os_exit", "EngineCrashed"),
-        ("sticky", "EngineUnusable"),
-        ("torch_oom", "OutOfMemory"),
-    ],
-)
-def test_whatever_a_generation_does_the_job_is_reported_and_the_next_completes(
-    fleet: ToyFleet, what: str, error_type: str
-) -> None:
-    fleet.push("bad", what=what)
-    fleet.push("good")
+BAD_GENERATIONS = {
+    "raise": "RuntimeError",
+    "exit": "HookFailed",
+    "nonsense": "HookFailed",
+    "nothing": "HookFailed",
+    "empty": "ArtifactError",
+    "elsewhere": "ArtifactError",
+    "segfault": "EngineCrashed",
+    "os_exit": "EngineCrashed",
+    "sticky": "EngineUnusable",
+    "torch_oom": "OutOfMemory",
+}
+
+
+def test_whatever_a_generation_does_the_job_is_reported_and_the_next_completes(fleet: ToyFleet) -> None:
+    for what in BAD_GENERATIONS:
+        fleet.push(f"bad-{what}", what=what)
+        fleet.push(f"after-{what}")
     fleet.drain(OURVIDZ_MAX_ATTEMPTS="2")
-    assert fleet.last("bad")["status"] == "failed"
-    assert fleet.last("bad")["metadata"]["error_type"] == error_type
-    assert fleet.last("good")["status"] == "completed"
+    told = {what: fleet.last(f"bad-{what}") for what in BAD_GENERATIONS}
+    assert {what: body["metadata"]["error_type"] for what, body in told.items()} == BAD_GENERATIONS
+    assert {body["status"] for body in told.values()} == {"failed"}
+    assert {fleet.last(f"after-{what}")["status"] for what in BAD_GENERATIONS} == {"completed"}
 
 
 def test_any_number_of_errors_in_a_row_ends_no_worker(fleet: Fleet) -> None:
