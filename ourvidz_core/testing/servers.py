@@ -317,7 +317,9 @@ class SupabaseServer(LocalServer):
             self._scripts.setdefault(operation, []).extend([script] * times)
 
     def _manage(self, request: ReceivedRequest) -> Answer | None:
-        """Look at a bucket, or remove an object; never scripted, since no job depends on it."""
+        """What no job depends on, and is never scripted: a look at a bucket or at the endpoint, and a removal."""
+        if (request.method, request.path) == ("OPTIONS", "/functions/v1/job-callback"):
+            return Answer(body=b"ok", headers={"Access-Control-Allow-Origin": "*"})
         route = request.path.removeprefix("/storage/v1/")
         kind, _, rest = route.partition("/")
         if (request.method, kind) not in (("GET", "bucket"), ("DELETE", "object")) or route == request.path:
@@ -474,7 +476,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self._send(owner.respond(request), owner)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = handle_any  # noqa: N815
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """Tests want a quiet terminal."""
