@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import attrs
 import click
 import diagrams
+import wire_tables
 from ourvidz_sdxl.settings import SdxlSettings
 from ourvidz_wan.config import WanSettings
 from ourvidz_wan_enhanced.settings import EnhancerSettings
@@ -111,6 +112,8 @@ def made() -> Iterator[tuple[Path, str]]:
     """Each file that is made from the code, and what belongs into it."""
     for name, make in PAGES.items():
         yield REFERENCE / name, _NOTE + _as_markdown(make())
+    wire_format = REFERENCE / "wire-format.md"
+    yield wire_format, wire_tables.fill(wire_format.read_text("utf-8"))
     for name, draw in DIAGRAMS.items():
         yield DOCS / "explanation" / name, draw()
 

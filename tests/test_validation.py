@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import ourvidz_sdxl.plugin
 import ourvidz_wan.plugin
 import ourvidz_wan_enhanced.plugin
@@ -16,14 +18,16 @@ import pytest
 from attrs import field, frozen, validators
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from ourvidz_core import ContentType, JobType, hookimpl
+from ourvidz_core import Artifact, ContentType, Generation, JobType, hookimpl
 from ourvidz_core.errors import PayloadError
 from ourvidz_core.plugins.loading import load_registry
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.plugins.validation import Examination, ProblemKind, examine
 from ourvidz_core.settings import Settings
 from ourvidz_core.testing.host import PluginHost, plugin_module
+from ourvidz_core.worker.runner import JobRunner, Outcome
 
 ROOT = Path(__file__).parent.parent
 URL = "https://a.example/x.png?token=canary"
@@ -253,8 +257,6 @@ def test_a_worker_refuses_exactly_what_is_said_to_be_refused(
 
 
 def _is_refused_by_a_worker(registry: Registry, raw: bytes) -> bool:
-    from ourvidz_core.worker.runner import JobRunner
-
     nothing: Any = None
     runner = JobRunner(registry=registry, engine=nothing, references=nothing, storage=nothing, workspace=nothing)
     try:
@@ -270,24 +272,37 @@ def test_whatever_comes_is_told_about_and_nothing_raises(registry: Registry, raw
     assert examine(registry, raw).problems
 
 
-def test_a_message_without_problems_completes_in_a_worker(tmp_path: Path) -> None:
-    from PIL import Image
+class Draws(Acme):
+    """The same plugin, able to make something."""
 
-    from ourvidz_core import Artifact, Generation
+    @hookimpl
+    def generate(self, context: Any) -> Generation:
+        path = context.output_path("png")
+        Image.linear_gradient("L").save(path)
+        return Generation(artifacts=(Artifact(path=path, media_type="image/png"),))
 
-    class Draws(Acme):
-        @hookimpl
-        def generate(self, context: Any) -> Generation:
-            path = context.output_path("png")
-            Image.linear_gradient("L").save(path)
-            return Generation(artifacts=(Artifact(path=path, media_type="image/png"),))
 
-    with PluginHost(tmp_path, plugin_module(Draws())) as host:
-        sent = message(config={"count": 2, "seed": 5})
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    with PluginHost(tmp_path_factory.mktemp("host"), plugin_module(Draws())) as host:
+        sent = message(config={"count": 2, "seed": 5, "expected_time": 3})
         assert examined(host.registry, sent).problems == ()
-        outcome = host.run(sent)
-    assert outcome.error is None
-    assert outcome.callback.metadata["ignored_config"] == {}
+        return host.run(sent)
+
+
+def test_a_message_without_problems_completes_in_a_worker(completed: Outcome) -> None:
+    assert completed.error is None
+    assert completed.callback.metadata["ignored_config"] == {}
+
+
+def test_the_wire_reference_lists_whatever_a_callback_holds(completed: Outcome) -> None:
+    page = (ROOT / "docs/reference/wire-format.md").read_text("utf-8")
+    _, _, callbacks = page.partition("## Callbacks")
+    listed = set(re.findall(r"`(\w+)`", callbacks))
+    whole = attrs.evolve(completed.callback, error_message="why", enhanced_prompt="more").to_json()
+
+    assert set(whole) <= listed
+    assert set(whole["metadata"]) <= listed
 
 
 # -- the command

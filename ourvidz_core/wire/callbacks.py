@@ -27,12 +27,18 @@ class JobStatus(StrEnum):
 class Callback:
     """One report of one job, as the endpoint of the deployed system reads it."""
 
-    job_id: str
-    status: JobStatus
-    assets: tuple[Any, ...] = ()
-    error_message: str | None = None
-    enhanced_prompt: str | None = None
-    metadata: Mapping[str, Any] = field(factory=dict)
+    job_id: str = field(metadata={"description": "The message's `id`"})
+    status: JobStatus = field(metadata={"description": "Where the job stands"})
+    assets: tuple[Any, ...] = field(
+        default=(), metadata={"description": "In the order of the images; empty unless `completed`"}
+    )
+    error_message: str | None = field(
+        default=None, metadata={"description": "What went wrong and what to do; only with `failed`"}
+    )
+    enhanced_prompt: str | None = field(
+        default=None, metadata={"key": "enhancedPrompt", "description": "Only where the prompt was enhanced"}
+    )
+    metadata: Mapping[str, Any] = field(factory=dict, metadata={"description": "Below"})
 
     def to_json(self) -> dict[str, Any]:
         """The callback as a JSON object, in the wire's words and without absent keys."""

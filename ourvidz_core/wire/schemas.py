@@ -61,7 +61,7 @@ def message_schema(job_type: JobType) -> Schema:
     # The type decides which schema applies, so it is no matter of taste.
     properties["type"] = {**properties["type"], "const": job_type.name}
     properties["config"] |= {"properties": config_properties(job_type)}
-    properties["metadata"] |= {"properties": _optional_properties(job_type.metadata_keys)}
+    properties["metadata"] |= {"properties": metadata_properties(job_type)}
     return {
         "title": job_type.name,
         "description": job_type.description,
@@ -83,6 +83,16 @@ def config_properties(job_type: JobType) -> dict[str, Schema]:
     return properties
 
 
+def metadata_properties(job_type: JobType) -> dict[str, Schema]:
+    """What each key of a message's ``metadata`` that is read may hold."""
+    return _optional_properties(job_type.metadata_keys)
+
+
+def schema_of(cls: type[Any]) -> Schema:
+    """The schema of an object with the fields of the attrs class ``cls``."""
+    return {"type": "object", "properties": _properties(cls), "required": _required(cls)}
+
+
 def known_keys(job_type: JobType) -> dict[str, frozenset[str]]:
     """The keys that something reads, at the top (``""``), in ``config`` and in ``metadata``."""
     return {
@@ -90,10 +100,6 @@ def known_keys(job_type: JobType) -> dict[str, frozenset[str]]:
         "config": frozenset(config_properties(job_type)),
         "metadata": frozenset(attrs.fields_dict(job_type.metadata_keys)),
     }
-
-
-def _object_schema(cls: type[Any]) -> Schema:
-    return {"type": "object", "properties": _properties(cls), "required": _required(cls)}
 
 
 def _required(cls: type[Any]) -> list[str]:
@@ -131,7 +137,7 @@ def _type_schema(hint: Any) -> Schema:
     if get_origin(hint) in (Union, types.UnionType):
         return _union_schema(get_args(hint))
     if attrs.has(hint):
-        return _object_schema(hint)
+        return schema_of(hint)
     if is_sequence(hint) or is_any_set(hint):
         return {"type": "array", "items": _type_schema((get_args(hint) or (Any,))[0])}
     if is_mapping(hint):
