@@ -126,7 +126,7 @@ MESSAGES = st.dictionaries(
 @given(
     st.binary() | JSON.map(lambda value: json.dumps(value).encode()) | MESSAGES.map(lambda m: json.dumps(m).encode())
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_bytes_are_an_object_or_a_payload_error(raw: bytes) -> None:
     try:
         message = decode_message(raw)
@@ -139,7 +139,7 @@ def test_any_bytes_are_an_object_or_a_payload_error(raw: bytes) -> None:
 
 
 @given(MESSAGES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_object_is_a_payload_or_a_payload_error(message: dict[str, Any]) -> None:
     try:
         payload = structure_payload(message)
@@ -154,7 +154,7 @@ def test_any_object_is_a_payload_or_a_payload_error(message: dict[str, Any]) -> 
     config=st.dictionaries(st.text(), JSON),
     metadata=st.dictionaries(st.text(), JSON),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_keys_that_nobody_knows_are_kept_at_every_level(
     extras: dict[str, Any], config: dict[str, Any], metadata: dict[str, Any]
 ) -> None:

@@ -62,7 +62,7 @@ def test_pairs_that_were_never_trained_work(drawn):
 
 
 def test_a_negative_prompt_removes_a_colour(drawn):
-    prompts = ["a red or blue circle"] * 6
+    prompts = ["a red or blue circle"] * 4
     with_red = drawn(prompts)
     without_red = drawn(prompts, negative_prompt="red")
     assert any(one.colour == "red" for one in with_red)
