@@ -33,7 +33,9 @@ SOURCES = (
     *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")),
     *sorted(path.parent for path in ROOT.glob("examples/**/pyproject.toml")),
 )
-_REQUIRED = ("Name", "Version", "Summary", "Requires-Python", "License-Expression", "License-File", "Description")
+_REQUIRED = ("Name", "Version", "Summary", "Requires-Python", "Description")
+#: What a released one says besides; an example may leave to its reader what licence a copy has.
+_RELEASED = ("License-Expression", "License-File")
 #: What a wheel may hold besides Python and its own metadata.
 _DATA = re.compile(r"\.(py|typed|json|toml|lua|html|css|md|jinja|safetensors|tmpl|txt)$")
 _NEVER = re.compile(
@@ -109,7 +111,8 @@ def faults(wheels: Sequence[Wheel]) -> Iterator[str]:
     for wheel in wheels:
         told = {key: str(value).strip() for key, value in wheel.metadata.items()}
         told["Description"] = str(wheel.metadata.get_payload()).strip()
-        yield from (f"{wheel.name}: its metadata has no {key}" for key in _REQUIRED if not told.get(key))
+        required = (*_REQUIRED, *(_RELEASED if wheel.is_ours else ()))
+        yield from (f"{wheel.name}: its metadata has no {key}" for key in required if not told.get(key))
         own = [name for name in wheel.names if ".dist-info/" not in name]
         yield from (f"{wheel.name}: {name} does not belong into a wheel" for name in own if _NEVER.search(name))
         yield from (f"{wheel.name}: {name} is a file of no known kind" for name in own if not _DATA.search(name))
@@ -119,7 +122,7 @@ def faults(wheels: Sequence[Wheel]) -> Iterator[str]:
             for package in packages
             if f"{package}/py.typed" not in wheel.names
         )
-        if not any("/licenses/" in name for name in wheel.names):
+        if wheel.is_ours and not any("/licenses/" in name for name in wheel.names):
             yield f"{wheel.name}: it carries no licence"
     ours = {wheel.name: str(wheel.metadata["Version"]) for wheel in wheels if wheel.is_ours}
     if len(set(ours.values())) > 1:

@@ -7,7 +7,6 @@ begins to import another gets its line, and a hook that is asked earlier moves u
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import io
 import sys
@@ -15,6 +14,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Collection, Sequence
 from html import escape
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -28,6 +28,7 @@ from ourvidz_core.delivery.storage import DirectoryStorage, Storage
 from ourvidz_core.engine.checks import check_artifact
 from ourvidz_core.engine.local import LocalEngine
 from ourvidz_core.plugins import hookspecs
+from ourvidz_core.plugins.loading import ENTRY_POINT_GROUP
 from ourvidz_core.plugins.registry import OwnedJobType, Registry
 from ourvidz_core.testing.host import PluginHost, plugin_module
 from ourvidz_core.wire.events import GenerationProgressed
@@ -194,13 +195,7 @@ class _Observer:
 
 def _observed() -> Sequence[_Step]:
     """The steps of a job of the example plugin, which has one reference and makes one image."""
-    specification = importlib.util.spec_from_file_location(
-        "acme_upscale", ROOT / "examples/acme-upscale/acme_upscale.py"
-    )
-    assert specification is not None
-    assert specification.loader is not None
-    acme_upscale = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(acme_upscale)
+    (entry_point,) = entry_points(group=ENTRY_POINT_GROUP, name="acme_upscale")
     picture = io.BytesIO()
     Image.linear_gradient("L").resize((8, 8)).save(picture, "PNG")
     url = "https://storage.example.test/small.png"
@@ -208,7 +203,7 @@ def _observed() -> Sequence[_Step]:
     observer = _Observer()
     with (
         tempfile.TemporaryDirectory() as root,
-        PluginHost(Path(root), plugin_module(acme_upscale), references={url: picture.getvalue()}) as host,
+        PluginHost(Path(root), plugin_module(entry_point.load()), references={url: picture.getvalue()}) as host,
     ):
         sys.setprofile(observer)
         try:
