@@ -204,8 +204,9 @@ def assert_is_a_command(arguments: list[str]) -> None:
 def test_every_setting_in_a_page_exists() -> None:
     reference = (DOCS / "reference/settings.md").read_text("utf-8")
     known = {SETTINGS_FILE, *re.findall(r"`(OURVIDZ_\w+)`", reference)}
-    # The example of a storage backend has settings of its own.
+    # The examples of a storage backend and of a policy have settings of their own.
     known |= {"OURVIDZ_STORAGE_URL", "OURVIDZ_STORAGE_OPTIONS"}
+    known |= {"OURVIDZ_ACME_POLICY_WORDS", "OURVIDZ_ACME_POLICY_BLACK_SHARE"}
     for page in PAGES:
         for variable in re.findall(r"OURVIDZ_[A-Z_]+[A-Z]", (ROOT / page).read_text("utf-8")):
             assert variable in known, f"{page}: {variable}"
