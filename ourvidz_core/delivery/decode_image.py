@@ -1,9 +1,10 @@
 """Decode foreign bytes into a clean PNG, in a process of its own.
 
 ``python -m ourvidz_core.delivery.decode_image SOURCE DESTINATION MAX_PIXELS`` limits its
-own memory and time, loads Pillow only then, and prints one JSON line: ``width``,
-``height`` and ``format``, or ``error`` with the reason. Imports nothing of ours, so that
-the parent can run this file by its path, however the package is installed.
+own memory and time, loads Pillow, opens its two files and gives up opening anything else:
+no file, no socket, no process. Then it looks at the bytes, and prints one JSON line:
+``width``, ``height`` and ``format``, or ``error`` with the reason. Imports nothing of ours,
+so that the parent can run this file by its path, however the package is installed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import resource
 import struct
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,7 +40,10 @@ def main(argv: list[str]) -> int:
     source, destination, max_pixels = argv[0], argv[1], int(argv[2])
     limit_resources(max_pixels)
     try:
-        outcome = decode(source, destination, max_pixels)
+        load_decoders()
+        with open(source, "rb") as read, open(destination, "wb") as written:
+            lock_in()
+            outcome = decode(read, written, max_pixels)
     except ImportError as error:
         return _report({"error": str(error)}, EXIT_BROKEN)
     except MemoryError:
@@ -79,7 +83,20 @@ def limit_resources(max_pixels: int) -> None:
             continue
 
 
-def decode(source: str, destination: str, max_pixels: int) -> dict[str, Any]:
+def load_decoders() -> None:
+    """Import whatever decoding imports on its way: once locked in, nothing can be."""
+    from PIL import Image, ImageCms, ImageOps, ImagePalette  # noqa: F401 - imported to be there
+
+    Image.init()
+
+
+def lock_in() -> None:
+    """Open nothing from here on. Foreign bytes that take this process over find no file, no network, no child."""
+    for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC):
+        resource.setrlimit(kind, (0, 0))
+
+
+def decode(source: IO[bytes], destination: IO[bytes], max_pixels: int) -> dict[str, Any]:
     """Write the first frame of ``source``, upright and in plain sRGB, as a PNG without metadata."""
     from PIL import Image
 
