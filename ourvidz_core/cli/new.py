@@ -1,7 +1,7 @@
 """``ourvidz new``: a plugin's distribution from the templates in this package, ready to install, run and test.
 
-A template is a file below ``ourvidz_core/templates``, filled in by :class:`string.Template`;
-``package`` in its path stands for the plugin's package.
+A template is a file in ``ourvidz_core/templates``, filled in by :class:`string.Template`: those
+of ``common``, and those of the kind that is asked for.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import importlib.util
 import keyword
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from string import Template
 
@@ -27,7 +26,9 @@ from ourvidz_core.errors import PluginError
 _NAME = re.compile(r"[A-Za-z0-9]|[A-Za-z0-9][A-Za-z0-9._-]*[A-Za-z0-9]")
 #: The job type and its queue are named after the package, and ``_queue`` is part of a name of 64 characters.
 _LONGEST_PACKAGE = 58
-_SUFFIX = ".template"
+_SUFFIX = ".tmpl"
+#: What lies beside the package; ``suite.py`` are its tests, and all else is the package.
+_BESIDE = frozenset({"README.md", "job.json", "pyproject.toml"})
 
 
 @frozen(kw_only=True)
@@ -132,8 +133,9 @@ def render(name: str, package: str, kind: str) -> dict[str, str]:
     }
     rendered = {}
     for folder in ("common", kind):
-        for path, template in _templates(files("ourvidz_core") / "templates" / folder):
-            rendered[_filled_in(path, package)] = Template(template).substitute(values)
+        for template in (files("ourvidz_core") / "templates" / folder).iterdir():
+            path = _place_of(template.name.removesuffix(_SUFFIX), package)
+            rendered[path] = Template(template.read_text("utf-8")).substitute(values)
     return dict(sorted(rendered.items()))
 
 
@@ -143,17 +145,10 @@ def _core_requirement() -> str:
     return f"ourvidz-core>={major}.{minor},<{int(major) + 1}"
 
 
-def _filled_in(path: str, package: str) -> str:
-    parts = path.removesuffix(_SUFFIX).split("/")
-    return "/".join(re.sub(r"\bpackage\b|(?<=^test_)package\b", package, part) for part in parts)
-
-
-def _templates(folder: Traversable, path: str = "") -> Iterator[tuple[str, str]]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _templates(entry, f"{path}{entry.name}/")
-        elif entry.name.endswith(_SUFFIX):
-            yield path + entry.name, entry.read_text("utf-8")
+def _place_of(name: str, package: str) -> str:
+    if name == "suite.py":
+        return f"tests/test_{package}.py"
+    return name if name in _BESIDE else f"{package}/{name}"
 
 
 def _refuse_occupied(target: Path) -> None:
