@@ -120,7 +120,7 @@ class Slot:
             return True
         if self.state is SlotState.WAITING:
             if starts_again:
-                self.start_at = now
+                self.start_at = min(self.start_at, now)
             else:
                 self._change(SlotState.STOPPED, now)
         return False
