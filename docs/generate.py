@@ -82,8 +82,10 @@ def hooks_page() -> str:
         options: dict[str, Any] | None = getattr(hook, f"{hookspecs.PROJECT}_spec", None)
         if options is None:
             continue
-        answers = "The first answer that is not None counts." if options["firstresult"] else "Every answer counts."
         signature = str(inspect.signature(hook)).replace("'", "")
+        answers = "The first answer that is not None counts." if options["firstresult"] else "Every answer counts."
+        if signature.endswith("-> None"):
+            answers = "It answers nothing."
         warnings = [options["warn_on_impl"], *(options["warn_on_impl_args"] or {}).values()]
         answers += "".join(f"\n\n**Deprecated**: {warning}." for warning in warnings if warning is not None)
         parts.append(f"## {name}\n\n```text\n{name}{signature}\n```\n\n{inspect.getdoc(hook)}\n\n{answers}\n")

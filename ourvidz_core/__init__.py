@@ -41,6 +41,7 @@ from ourvidz_core.wire.events import (
 from ourvidz_core.wire.findings import Check, Finding
 from ourvidz_core.wire.job_types import ContentType, JobType, Quality
 from ourvidz_core.wire.jobs import Job, Reference, ReferenceMode, References, seed_of
+from ourvidz_core.wire.keys import ConfigKeys, MetadataKeys
 from ourvidz_core.wire.payloads import Payload, without_token
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "Check",
     "Command",
     "CommandFailed",
+    "ConfigKeys",
     "ContentType",
     "Event",
     "Fault",
@@ -71,6 +73,7 @@ __all__ = [
     "JobStarted",
     "JobTimeout",
     "JobType",
+    "MetadataKeys",
     "ModelUnavailable",
     "Models",
     "OutOfMemory",

@@ -157,13 +157,14 @@ def test_one_refused_artifact_keeps_all_of_the_job_out_of_storage(guarded: Calla
         pytest.param("import sys; sys.exit(0)", "HookFailed", "it called sys.exit(0)", id="exits"),
         pytest.param("return False", "HookFailed", "it answered False; to refuse, raise PolicyRefused", id="False"),
         pytest.param("return True", "HookFailed", "it answered True; to refuse, raise PolicyRefused", id="True"),
+        pytest.param("yield", "HookFailed", "its wrapper answered None; a wrapper answers what", id="wraps badly"),
     ],
 )
 @pytest.mark.parametrize("hook", ["review_job", "review_artifact"])
 def test_nothing_passes_a_policy_that_is_broken(
     guarded: Callable, payload: Callable, hook: str, body: str, error_type: str, said: str
 ) -> None:
-    host = guarded(f"{HEAD}\n@hookimpl\ndef {hook}(job):\n    {body}\n")
+    host = guarded(f"{HEAD}\n@hookimpl(wrapper={body == 'yield'})\ndef {hook}(job):\n    {body}\n")
 
     outcome = host.run(payload())
 
@@ -182,6 +183,58 @@ def test_a_policy_of_another_owner_has_no_say_in_this_ones_jobs(
 
     assert both.run(payload(prompt="a forbidden thing")).error is None
     assert told(both.run(payload(type="other", prompt="a forbidden thing")))[3]["refused_by"] == "other"
+
+
+def test_no_other_plugin_can_take_a_refusal_back(host: Callable[..., PluginHost], payload: Callable) -> None:
+    lenient = """
+        from ourvidz_core import hookimpl
+
+        @hookimpl(wrapper=True)
+        def review_job(job):
+            try:
+                return (yield)
+            except Exception:
+                return []
+
+        @hookimpl(wrapper=True, specname="review_artifact")
+        def artifact_passes(job):
+            try:
+                return (yield)
+            except Exception:
+                return []
+    """
+    whole = host(
+        plugin_of(OWNER, distribution="acme"),
+        plugin_of(lenient, distribution="a-lenient"),
+        plugin_of(POLICY, distribution="policy"),
+        plugin_of(lenient, distribution="z-lenient"),
+    )
+
+    assert told(whole.run(payload(prompt="a forbidden thing")))[3]["refused_by"] == "policy"
+    assert told(whole.run(payload(config={"files": 3})))[3]["refused_by"] == "policy"
+    assert stored(whole) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "statuses"),
+    [
+        pytest.param({"prompt": "a forbidden thing"}, ["failed"], id="before it began"),
+        pytest.param({"config": {"files": 3}}, ["processing", "failed"], id="after it was made"),
+    ],
+)
+def test_a_refused_job_is_tried_once_reported_once_and_leaves_no_dead_letter(
+    guarded: Callable, payload: Callable, changes: dict, statuses: list[str]
+) -> None:
+    host = guarded()
+    host.push(payload(**changes))
+
+    host.work()
+
+    told_of = host.callbacks_of("job-1")
+    assert [body["status"] for body in told_of] == statuses
+    assert (told_of[-1]["metadata"]["error_type"], told_of[-1]["metadata"]["attempts"]) == ("PolicyRefused", 1)
+    assert host.queue.dead_letters("acme_queue") == []
+    assert stored(host) == []
 
 
 def test_a_refusal_in_the_engine_process_is_a_refusal_in_the_worker() -> None:

@@ -29,7 +29,8 @@ def validate(job_files: tuple[Path, ...], as_json: bool) -> int:
     """Say everything that is wrong with messages, and what a worker would ignore or change.
 
     A worker is lenient: it takes unknown keys, and some values that it does otherwise. This
-    is strict, for those who write producers. "-" is standard input. Nothing is fetched.
+    is strict, for those who write producers. "-" is standard input. Nothing is fetched and no
+    model is asked.
 
     Ends with 0 when there is nothing to say, and 1 when any message has a problem.
     """

@@ -57,7 +57,9 @@ def parse_job(job_type: JobType, payload: Payload) -> Job | None:
 
     Called in the worker, once per attempt; only the owner is asked. Must be pure: no
     file, no network, no clock. Return None for the default, which structures
-    ``payload.config`` over the type's preset. Raise ``PayloadError`` for a wrong message.
+    ``payload.config`` over the type's preset. Raise ``PayloadError`` for a wrong message:
+    here, so that ``ourvidz validate`` finds it. Whoever reads other keys than the preset's
+    fields declares them, as ``config_keys`` and ``metadata_keys`` of the job type.
 
     Example: ``return attrs.evolve(default_job(job_type, payload), prompt=payload.prompt.strip())``
     """

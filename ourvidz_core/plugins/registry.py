@@ -133,7 +133,7 @@ class OwnedJobType:
         reported_by = dict.fromkeys(measured, "ourvidz-core")
         for distribution, hook in self._shared_hooks["enrich_metadata"]:
             failed = _failure_of(distribution, "enrich_metadata")
-            for answer in _guarded(lambda hook=hook: hook(job=job, generation=generation), failed):  # type: ignore[misc]
+            for answer in _all_answers(hook, failed, job=job, generation=generation):
                 if not isinstance(answer, Mapping):
                     raise failed(f"it answered {shown(answer)}, not a mapping")
                 _require_json(answer, lambda reason, failed=failed: failed(f"its answer {reason}"))  # type: ignore[misc]
@@ -151,7 +151,7 @@ class OwnedJobType:
         for distribution, hook in self._shared_hooks[name]:
             failed = _failure_of(distribution, name)
             try:
-                answers = _guarded(lambda hook=hook: hook(**arguments), failed)  # type: ignore[misc]
+                answers = _all_answers(hook, failed, **arguments)
             except PolicyRefused as refusal:
                 raise PolicyRefused(
                     refusal.message, details={**refusal.details, "refused_by": distribution}
@@ -277,6 +277,13 @@ def _raises(error: BaseException) -> Callable[[], list[Finding]]:
         raise error
 
     return run
+
+
+def _all_answers(hook: pluggy.HookCaller, failed: Callable[[str], HookFailed], **arguments: Any) -> list[Any]:
+    answers = _guarded(lambda: hook(**arguments), failed)
+    if not isinstance(answers, list):
+        raise failed(f"its wrapper answered {shown(answers)}; a wrapper answers what it got of its yield")
+    return answers
 
 
 def _guarded(ask: Callable[[], Any], failed: Callable[[str], HookFailed]) -> Any:
