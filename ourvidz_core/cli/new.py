@@ -105,7 +105,7 @@ def package_of(name: str) -> str:
         )
     if len(package) > _LONGEST_PACKAGE:
         raise PluginError(
-            f"{name!r} has {len(name)} characters; a job type is named after it, so use {_LONGEST_PACKAGE}"
+            f"{name!r} has {len(name)} characters; a job type is named after it; use {_LONGEST_PACKAGE} at most"
         )
     if package in sys.stdlib_module_names:
         raise PluginError(f"{name!r} would hide Python's own module {package}; choose another name")
