@@ -16,7 +16,7 @@ from attrs import field, frozen, validators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ourvidz_core.errors import PayloadError
+from ourvidz_core.errors import InvalidJobType, PayloadError
 from ourvidz_core.plugins.loading import load_registry
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.settings import Settings
@@ -195,6 +195,17 @@ def test_a_field_may_say_what_its_type_cannot() -> None:
     assert properties["free"] == {
         "description": "Said of it", "type": ["string", "null"], "maxLength": 3, "default": "",
     }  # fmt: skip
+
+
+def test_a_field_whose_type_is_known_to_type_checkers_alone_is_told_with_the_cure() -> None:
+    @frozen(kw_only=True)
+    class Odd:
+        moment: NotImportedHere = None  # type: ignore[name-defined]  # noqa: F821
+
+    job_type = JobType(name="odd", queue="q", content_type="image", preset=Odd())
+
+    with pytest.raises(InvalidJobType, match=r"Odd in tests\.test_schemas cannot be found: .*NotImportedHere"):
+        messages_schema([job_type])
 
 
 @pytest.mark.parametrize("keys", ["config_keys", "metadata_keys"])

@@ -68,7 +68,7 @@ def _refuse_blocked(entry_point: EntryPoint) -> None:
 def _broken_command(name: str, error: Exception) -> click.Command:
     reason = f"the command {name} cannot be loaded: {type(error).__name__}: {error}"
 
-    @click.command(name, short_help=f"({reason})", context_settings={"ignore_unknown_options": True})
+    @click.command(name, help=reason, short_help=f"({reason})", context_settings={"ignore_unknown_options": True})
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     def broken(arguments: tuple[str, ...]) -> None:  # noqa: ARG001 - whatever follows the name
         raise PluginError(reason)

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import attrs
 from cattrs.cols import is_any_set, is_mapping, is_sequence
 
+from ourvidz_core.errors import InvalidJobType
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.keys import DefaultConfigKeys
 from ourvidz_core.wire.payloads import Payload, json_of
@@ -42,7 +43,10 @@ _ANCHORED = {"fullmatch": "^(?:{})$", "match": "^(?:{})", "search": "{}"}
 
 
 def messages_schema(job_types: Iterable[JobType]) -> Schema:
-    """One schema for the messages of all ``job_types``, each under its name in ``$defs``."""
+    """One schema for the messages of all ``job_types``, each under its name in ``$defs``.
+
+    :raises InvalidJobType: the types of a class's fields cannot be found.
+    """
     definitions = {job_type.name: message_schema(job_type) for job_type in job_types}
     return {
         "$schema": DIALECT,
@@ -113,7 +117,13 @@ def _optional_properties(cls: type[Any]) -> dict[str, Schema]:
 
 def _properties(cls: type[Any], *, nullable: Container[str] = ()) -> dict[str, Schema]:
     """A schema for each field. A null is as good as nothing where a field is ``nullable``."""
-    hints = get_type_hints(cls, include_extras=True)
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    except (NameError, TypeError, AttributeError) as error:
+        raise InvalidJobType(
+            f"the types of the fields of {cls.__qualname__} in {cls.__module__} cannot be found: {error};"
+            " import what they name where the class is, not only for type checkers"
+        ) from error
     properties: dict[str, Schema] = {}
     for field in attrs.fields(cls):
         schema = {**_type_schema(hints[field.name]), **_rules_of(field.validator)}
