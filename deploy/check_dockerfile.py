@@ -98,6 +98,21 @@ def faults(recipe: Recipe) -> Iterator[str]:
         yield "what others made must be a layer of its own, before the layer of our wheels"
 
 
+def context_faults(recipe: Recipe, ignore: Path = Path(f"{DOCKERFILE}.dockerignore")) -> Iterator[str]:
+    """What a build would send to the builder and should not, or should and would not."""
+    lines = [line for line in ignore.read_text("utf-8").splitlines() if line and not line.startswith("#")]
+    sent = {line.removeprefix("!") for line in lines[1:]}
+    if lines[:1] != ["*"] or not all(line.startswith("!") for line in lines[1:]):
+        yield f"{ignore.name} must begin with * and name only what is sent, so that nothing else can be"
+    mounted = {options["source"] for step in recipe.all("RUN") for options in _mounts(step) if "source" in options}
+    for source in sorted(mounted):
+        if not any(one == source or one.startswith(f"{source}/") for one in sent):
+            yield f"{source} is mounted and {ignore.name} keeps it out"
+    for one in sorted(sent):
+        if not any(one == source or one.startswith(f"{source}/") for source in mounted):
+            yield f"{ignore.name} sends {one}, which no step uses"
+
+
 def lint(path: Path = DOCKERFILE) -> Iterator[str]:
     """What hadolint says."""
     command = [str(Path(sys.executable).with_name("hadolint")), "--no-color", str(path)]
@@ -123,16 +138,16 @@ def rehearse(recipe: Recipe, directory: Path) -> Path:
 
 
 def _rehearsed(step: str, directory: Path) -> str:
-    """A step as it can be run here: what it mounts is linked, and the system stays as it is."""
+    """A step as it can be run here: what it mounts is copied, and the system stays as it is."""
     script = _MOUNT.sub("", step)
-    for mount in _MOUNT.findall(step):
-        options = dict(option.partition("=")[::2] for option in mount.split(","))
+    for options in _mounts(step):
         if options["type"] == "bind":
-            place = directory / options["target"].lstrip("/")
+            source, place = ROOT / options["source"], directory / options["target"].lstrip("/")
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(ROOT / options["source"], place, dirs_exist_ok=True) if (
-                ROOT / options["source"]
-            ).is_dir() else shutil.copy(ROOT / options["source"], place)
+            if source.is_dir():
+                shutil.copytree(source, place, dirs_exist_ok=True)
+            else:
+                shutil.copy(source, place)
             script = re.sub(rf"(?<![\w./]){re.escape(options['target'])}\b", str(place), script)
     if script.startswith(_OF_THE_SYSTEM):
         return ""
@@ -140,6 +155,10 @@ def _rehearsed(step: str, directory: Path) -> str:
         simulated = script.replace("apt-get update &&", "").replace("apt-get install", "apt-get install --simulate")
         return simulated.strip() if shutil.which("apt-get") else ""
     return script
+
+
+def _mounts(step: str) -> list[dict[str, str]]:
+    return [dict(option.partition("=")[::2] for option in mount.split(",")) for mount in _MOUNT.findall(step)]
 
 
 def _settings() -> set[str]:
@@ -152,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="run its steps in a new virtual environment")
     options = parser.parse_args(arguments)
     recipe = Recipe.read()
-    found = [*faults(recipe), *lint()]
+    found = [*faults(recipe), *context_faults(recipe), *lint()]
     for fault in found:
         print(fault, file=sys.stderr)
     if options.rehearse and not found:

@@ -33,6 +33,18 @@ def test_the_image_is_what_it_promises() -> None:
     assert list(dockerfiles.faults(dockerfiles.Recipe.read())) == []
 
 
+def test_the_build_is_sent_what_it_uses_and_nothing_else(tmp_path: Path) -> None:
+    recipe = dockerfiles.Recipe.read()
+    assert list(dockerfiles.context_faults(recipe)) == []
+
+    loose = tmp_path / "Dockerfile.dockerignore"
+    loose.write_text("*\n!dist/*.whl\n!constraints.txt\n!.git\n", "utf-8")
+    assert list(dockerfiles.context_faults(recipe, loose)) == [
+        "dist/requirements.txt is mounted and Dockerfile.dockerignore keeps it out",
+        "Dockerfile.dockerignore sends .git, which no step uses",
+    ]
+
+
 def test_hadolint_finds_nothing() -> None:
     assert list(dockerfiles.lint()) == []
 
