@@ -92,11 +92,11 @@ class _CarefulFilter(logging.Filter):
     @staticmethod
     def _add_job(record: logging.LogRecord) -> None:
         # Whoever logs of a job that is not this thread's own says so with ``extra``.
-        own = [getattr(record, name, "") for name in ("job_id", "job_type")]
+        own = (getattr(record, "job_id", ""), getattr(record, "job_type", ""))
         job = own if own[0] else _job.get()
-        record.__dict__.update(job_id=job[0], job_type=job[1], job_suffix=f" [{' '.join(filter(None, job))}]")
-        if not job[0]:
-            record.__dict__["job_suffix"] = ""
+        unsaid = job[0] and not all(part in record.msg for part in job)
+        suffix = f" [{' '.join(filter(None, job))}]" if unsaid else ""
+        record.__dict__.update(job_id=job[0], job_type=job[1], job_suffix=suffix)
 
 
 def _json_formatter() -> logging.Formatter:

@@ -434,7 +434,8 @@ def test_jobs_in_flight_say_who_has_them(queue: Queue) -> None:
     running, waiting = sorted(queue.in_flight(SDXL), key=lambda job: job.key)
     assert (running.key, running.worker, running.attempt) == ("a", "w7", 1)
     assert 55 < running.lease_left_seconds <= 60
-    assert (waiting.key, waiting.lease_left_seconds) == ("b", None)
+    assert 0 <= running.age_seconds < 5
+    assert (waiting.key, waiting.lease_left_seconds, waiting.age_seconds) == ("b", None, None)
 
 
 def buried(queue: Queue, job_id: str) -> DeadLetter:
@@ -493,6 +494,15 @@ def test_a_callback_that_was_given_up_can_be_sent_again_from_the_start(queue: Qu
     assert (again.callback_id, again.body, again.failures, again.first_tried_at) == ("cb-1", taken.body, 0, 0.0)
     queue.callback_delivered(again)
     assert not queue.replay(refused)
+
+
+def test_those_callbacks_can_be_read_that_are_due_next(queue: Queue) -> None:
+    for name, delay in (("late", 60.0), ("soon", 1.0), ("later", 90.0)):
+        queue.push(SDXL, message(name))
+        queue.finish(take(queue), is_final=True, callback=callback(name, name), callback_delay=delay)
+    assert [row.callback_id for row in queue.waiting_callbacks(SDXL, limit=2)] == ["soon", "late"]
+    assert queue.waiting_callbacks("empty_queue", limit=2) == []
+    assert len(queue.waiting_callbacks(SDXL)) == 3
 
 
 def test_a_callback_that_waits_can_be_sent_now(queue: Queue) -> None:

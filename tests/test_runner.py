@@ -118,7 +118,7 @@ def test_a_job_is_stored_and_told(acme: Callable, payload: Callable) -> None:
     assert "canary" not in str(body)
     assert progress == [("generate", 1, 1)]
     assert heard(host) == [
-        "JobStarted", "ReferencesFetched", "GenerationProgressed", "GenerationFinished",
+        "JobStarted", "ReferencesFetched", "GenerationStarted", "GenerationProgressed", "GenerationFinished",
         "AssetStored", "AssetStored", "JobCompleted",
     ]  # fmt: skip
     assert is_clean(host)
@@ -222,7 +222,7 @@ def test_a_failed_generation_is_told(acme: Callable, payload: Callable, what: st
     assert failure(outcome) == (error_type, said)
     assert outcome.callback.metadata["seed"] == 4
     assert not host.assets_dir.exists()
-    assert heard(host) == ["JobStarted"]
+    assert heard(host) == ["JobStarted", "GenerationStarted"]
     assert is_clean(host)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ourvidz_core.delivery.queue import Queue
     from ourvidz_core.delivery.references import ReferenceSource
     from ourvidz_core.delivery.storage import Storage
+    from ourvidz_core.observe.usage import UsageSink
     from ourvidz_core.plugins.registry import Registry
     from ourvidz_core.worker.runner import JobRunner
     from ourvidz_core.worker.slot import EngineSlot
@@ -147,6 +148,18 @@ def make_references(settings: Settings) -> ReferenceSource:
     )
 
 
+@contextlib.contextmanager
+def make_usage(settings: Settings) -> Iterator[UsageSink]:
+    """The endpoint of usage records that is set, or nowhere."""
+    from ourvidz_core.observe.usage import HttpUsage, NoUsage
+
+    if settings.metrics_url is None:
+        yield NoUsage()
+        return
+    with contextlib.closing(HttpUsage(settings.metrics_url, key=str(settings.metrics_key))) as usage:
+        yield usage
+
+
 @frozen(kw_only=True)
 class Machine:
     """What takes a job from its message to its outcome on this machine."""
@@ -174,7 +187,7 @@ def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
     engine = EngineProcess(
         registry, environ, start_seconds=settings.engine_start_seconds, stall_seconds=settings.stall_seconds
     )
-    slot = EngineSlot(engine)
+    slot = EngineSlot(engine, report=registry.report)
     runner = JobRunner(
         registry=registry,
         engine=slot,
@@ -206,6 +219,7 @@ def make_worker(
     ``impossible`` are job types that cannot be done here, and why.
     """
     from ourvidz_core.delivery.spool import DirectorySpool
+    from ourvidz_core.observe.watch import Subject, watched
     from ourvidz_core.worker.parts import WorkerParts
     from ourvidz_core.worker.worker import Worker
 
@@ -214,6 +228,7 @@ def make_worker(
     with (
         make_machine(settings, registry) as machine,
         contextlib.closing(DirectorySpool(settings.state_dir / "spool" / digest)) as spool,
+        make_usage(settings) as usage,
     ):
         parts = WorkerParts(
             queue=queue,
@@ -224,6 +239,18 @@ def make_worker(
             workspace=machine.workspace,
             settings=settings,
             spool=spool,
+            usage=usage,
             impossible=impossible or {},
         )
-        yield Worker(parts, queues)
+        made = Worker(parts, queues)
+        subject = Subject(
+            queue=queue,
+            queues=tuple(queues),
+            state=lambda: made.state,
+            engine=lambda: machine.slot.state,
+            busy_seconds=lambda: machine.slot.busy_seconds,
+            dropped_records=lambda: usage.dropped,
+            vitals=parts.vitals,
+        )
+        with watched(settings, registry, make_board(settings), subject):
+            yield made

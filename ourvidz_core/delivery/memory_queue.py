@@ -38,6 +38,7 @@ _ID_CHARACTERS = 128
 class _InFlight:
     claim: Claim
     worker: str
+    claimed_at: float = 0.0
     lease_until: float | None = None
     retry_at: float | None = None
     interruptions: int = 0
@@ -225,6 +226,7 @@ class MemoryQueue:
                     worker=held.worker,
                     attempt=held.claim.attempt,
                     lease_left_seconds=None if held.lease_until is None else held.lease_until - self._clock(),
+                    age_seconds=None if held.lease_until is None else self._clock() - held.claimed_at,
                 )
                 for key, held in self._books[queue].in_flight.items()
             ]
@@ -249,9 +251,10 @@ class MemoryQueue:
                 dead.remove(letter)
             return is_there
 
-    def waiting_callbacks(self, queue: str) -> list[QueuedCallback]:
+    def waiting_callbacks(self, queue: str, limit: int | None = None) -> list[QueuedCallback]:
         with self._changed:
-            return [callback for _, callback in self._books[queue].callbacks.values()]
+            due = sorted(self._books[queue].callbacks.values(), key=lambda row: row[0])
+            return [callback for _, callback in due[:limit]]
 
     def replay(self, callback: QueuedCallback) -> bool:
         with self._changed:
@@ -304,7 +307,8 @@ class MemoryQueue:
             attempt=held.claim.attempt + 1,
             is_cancelled=held.claim.key in books.cancelled | books.cancel_requests,
         )
-        held.worker, held.lease_until, held.retry_at = worker, self._clock() + lease, None
+        held.worker, held.claimed_at = worker, self._clock()
+        held.lease_until, held.retry_at = held.claimed_at + lease, None
         return held.claim
 
     def _held(self, claim: Claim) -> _InFlight | None:

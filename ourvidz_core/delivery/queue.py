@@ -119,6 +119,8 @@ class JobInFlight:
     attempt: int
     #: Seconds until the lease ends; None where the job waits for another try.
     lease_left_seconds: float | None = None
+    #: Seconds since the worker claimed it; None where the job waits for another try.
+    age_seconds: float | None = None
 
 
 class RequeueAnswer(StrEnum):
@@ -240,8 +242,8 @@ class Queue(Protocol):
         """Throw a dead letter away; False says that it is not there."""
         ...
 
-    def waiting_callbacks(self, queue: str) -> list[QueuedCallback]:
-        """The callbacks that are not accepted yet and not given up."""
+    def waiting_callbacks(self, queue: str, limit: int | None = None) -> list[QueuedCallback]:
+        """The callbacks that are not accepted yet and not given up: all, or those that are due next."""
         ...
 
     def replay(self, callback: QueuedCallback) -> bool:

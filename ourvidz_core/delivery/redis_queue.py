@@ -339,14 +339,17 @@ class RedisQueue:
         jobs = []
         for key, meta in kept.items():
             facts = json.loads(meta)
-            left = round(until[key] - now, 3) if key in until else None
+            is_leased = key in until
             jobs.append(
                 JobInFlight(
                     queue=queue,
                     key=_text(key),
                     worker=facts["worker"],
                     attempt=int(facts["attempt"]),
-                    lease_left_seconds=left,
+                    lease_left_seconds=round(until[key] - now, 3) if is_leased else None,
+                    age_seconds=round(now - facts["claimed_at"] / 1000, 3)
+                    if is_leased and "claimed_at" in facts
+                    else None,
                 )
             )
         return jobs
@@ -358,10 +361,15 @@ class RedisQueue:
     def drop(self, queue: str, letter: DeadLetter) -> bool:
         return self._settle_dead(queue, letter, "drop") == 1
 
-    def waiting_callbacks(self, queue: str) -> list[QueuedCallback]:
+    def waiting_callbacks(self, queue: str, limit: int | None = None) -> list[QueuedCallback]:
         with translated():
-            rows = cast(list[bytes], self._client.hvals(_name(queue, "rows")))
-        return [decode_callback(queue, row) for row in rows]
+            if limit is None:
+                rows = cast(list[bytes | None], self._client.hvals(_name(queue, "rows")))
+            else:
+                due = cast(list[bytes], self._client.zrange(_name(queue, "outbox"), 0, limit - 1))
+                rows = cast(list[bytes | None], self._client.hmget(_name(queue, "rows"), due)) if due else []
+        # One that was accepted between two questions is gone.
+        return [decode_callback(queue, row) for row in rows if row is not None]
 
     def replay(self, callback: QueuedCallback) -> bool:
         fresh = attrs.evolve(callback, failures=0, first_tried_at=0.0)

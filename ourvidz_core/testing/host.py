@@ -79,7 +79,7 @@ class PluginHost:
         if references is None or isinstance(references, Mapping):
             references = StubReferences(references or {})
         self.references = references
-        self._slot = EngineSlot(self.engine)
+        self._slot = EngineSlot(self.engine, report=self.registry.report)
         self.runner = JobRunner(
             registry=self.registry,
             engine=self._slot,

@@ -25,6 +25,7 @@ class JobStarted(Event):
     waited_seconds: float | None = None
     #: From the moment when the queue was asked for a job to now.
     claim_seconds: float = 0.0
+    has_references: bool = False
     #: W3C trace context of the message, where it carries a valid one.
     traceparent: str | None = None
 
@@ -127,5 +128,6 @@ class CallbackRefused(Event):
 
     status: str
     reason: str
+    seconds: float
     #: It is put aside and not sent again by itself.
     is_given_up: bool

@@ -102,26 +102,26 @@ class CallbackDispatcher:
         try:
             self._client.send(callback.callback_id, callback.job_id, callback.body)
         except CallbackRejected as error:
-            self._settle_refusal(callback, str(error), is_final=True)
+            self._settle_refusal(callback, str(error), started, is_final=True)
         except CallbackUndelivered as error:
             is_final = now - callback.first_tried_at >= self._give_up
-            self._settle_refusal(callback, str(error), is_final=is_final, wait=error.retry_after_seconds)
+            self._settle_refusal(callback, str(error), started, is_final=is_final, wait=error.retry_after_seconds)
         except Exception as error:  # a client's fault must not lose the callback
             logger.exception("callback of job %s could not be sent", callback.job_id)
-            self._settle_refusal(callback, f"{type(error).__name__}: {error}", is_final=False)
+            self._settle_refusal(callback, f"{type(error).__name__}: {error}", started, is_final=False)
         else:
             self._refused.discard(callback.callback_id)
             self._queue.callback_delivered(callback)
-            logger.info("callback of job %s was delivered", callback.job_id)
             self._report(
                 CallbackDelivered(**_facts_of(callback), refusals=callback.failures, seconds=time.monotonic() - started)
             )
 
     def _settle_refusal(
-        self, callback: QueuedCallback, reason: str, *, is_final: bool, wait: float | None = None
+        self, callback: QueuedCallback, reason: str, started: float, *, is_final: bool, wait: float | None = None
     ) -> None:
         callback = attrs.evolve(callback, failures=callback.failures + 1, reason=reason)
-        self._report(CallbackRefused(**_facts_of(callback), reason=reason, is_given_up=is_final))
+        seconds = time.monotonic() - started
+        self._report(CallbackRefused(**_facts_of(callback), reason=reason, seconds=seconds, is_given_up=is_final))
         if is_final:
             self._refused.discard(callback.callback_id)
             logger.error(

@@ -29,6 +29,7 @@ class LeaseKeeper:
     ) -> None:
         self._queue = parts.queue
         self._settings = parts.settings
+        self._vitals = parts.vitals
         self._queues = tuple(queues)
         self._jobs = jobs
         self._settler = settler
@@ -48,6 +49,7 @@ class LeaseKeeper:
         lease = self._settings.lease_seconds
         due = time.monotonic() + lease / 3
         while not self._stopping.complete.wait(min(_CANCEL_SECONDS, lease / 3)):
+            self._vitals.turn("leases")
             is_due = time.monotonic() >= due
             if is_due:
                 due = time.monotonic() + lease / 3
@@ -58,6 +60,8 @@ class LeaseKeeper:
                     self._look_for_cancelled(lease)
                 if is_due:
                     self._recover(lease)
+                if is_due or len(self._jobs):
+                    self._vitals.queue_answered()
             except QueueError as error:
                 logger.warning("cancelled jobs and jobs of silent workers wait: %s", error)
 

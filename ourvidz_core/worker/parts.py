@@ -14,6 +14,8 @@ from attrs import field, frozen
 from ourvidz_core.delivery.callbacks import CallbackClient
 from ourvidz_core.delivery.queue import Claim, Queue
 from ourvidz_core.delivery.spool import NoSpool, Spool
+from ourvidz_core.observe.usage import NoUsage, UsageSink
+from ourvidz_core.observe.vitals import Vitals
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.settings import Settings
 from ourvidz_core.worker.reports import attempt_facts
@@ -34,6 +36,8 @@ class WorkerParts:
     workspace: Workspace
     settings: Settings = field(repr=False)
     spool: Spool = field(factory=NoSpool)
+    usage: UsageSink = field(factory=NoUsage)
+    vitals: Vitals = field(factory=Vitals)
     #: Job types that cannot be done here, and why: their jobs are left to other workers.
     impossible: Mapping[str, str] = field(factory=dict)
 

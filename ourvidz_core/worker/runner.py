@@ -33,7 +33,7 @@ from ourvidz_core.wire import events
 from ourvidz_core.wire.artifacts import Artifact, Asset, FinishedGeneration
 from ourvidz_core.wire.callbacks import Callback
 from ourvidz_core.wire.job_types import NAME_PATTERN
-from ourvidz_core.wire.jobs import Job, Reference
+from ourvidz_core.wire.jobs import Job, Reference, ReferenceMode
 from ourvidz_core.wire.payloads import decode_message, job_id_of, structure_payload
 from ourvidz_core.worker.reports import completed_metadata, completed_report, failed_report
 from ourvidz_core.worker.workspace import Workspace
@@ -170,6 +170,7 @@ class JobRunner:
                 queue=walk.queue,
                 waited_seconds=_age_of(job),
                 claim_seconds=time.monotonic() - walk.asked_at,
+                has_references=job.reference_mode is not ReferenceMode.NONE,
                 traceparent=_traceparent_of(message),
             )
         )

@@ -19,6 +19,7 @@ from ourvidz_core.wire.jobs import Job
 from ourvidz_core.worker.parts import ActiveJob, Stopping, WorkerParts
 from ourvidz_core.worker.reports import unrun_report
 from ourvidz_core.worker.runner import Outcome
+from ourvidz_core.worker.usage import completion_record, worker_record
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Settler:
         self._spool = parts.spool
         self._registry = parts.registry
         self._settings = parts.settings
+        self._usage = parts.usage
         self._stopping = stopping
         self._on_callback = on_callback
         self._random = random.Random()
@@ -78,9 +80,7 @@ class Settler:
         )
 
     def _release(self, active: ActiveJob, outcome: Outcome, reason: str) -> None:
-        logger.warning("job %s was %s; nothing is reported", active.claim.key, reason)
-        if outcome.job_id is not None and outcome.job_type is not None:
-            self._registry.report(events.JobReleased(job_id=outcome.job_id, job_type=outcome.job_type, reason=reason))
+        self._registry.report(events.JobReleased(**_names(active.claim, outcome), reason=reason))
 
     def _may_run_again(self, claim: Claim, error: JobError) -> bool:
         if not error.is_transient or claim.attempt >= self._settings.max_attempts:
@@ -96,18 +96,15 @@ class Settler:
         )
         reason = f"{error.error_type}: {error.message}"
         self._insist(active, lambda: self._queue.hand_back(claim, delay=delay, reason=reason))
-        logger.warning("job %s runs again in %.1f s after attempt %s: %s", claim.key, delay, claim.attempt, reason)
-        if outcome.job_id is not None and outcome.job_type is not None:
-            self._registry.report(
-                events.JobRetried(
-                    job_id=outcome.job_id,
-                    job_type=outcome.job_type,
-                    error_type=error.error_type,
-                    message=error.message,
-                    attempt=claim.attempt,
-                    delay_seconds=delay,
-                )
+        self._registry.report(
+            events.JobRetried(
+                **_names(claim, outcome),
+                error_type=error.error_type,
+                message=error.message,
+                attempt=claim.attempt,
+                delay_seconds=delay,
             )
+        )
 
     def _finish(self, active: ActiveJob, outcome: Outcome) -> None:
         claim, error = active.claim, outcome.error
@@ -130,20 +127,23 @@ class Settler:
         if answer is FinishAnswer.FENCED:
             self.release_lost(active, outcome)
             return
+        self._tell_usage(outcome)
         if error is None:
-            logger.info("job %s (%s) completed in %.1f s", claim.key, outcome.job_type, outcome.seconds)
             return
-        logger.error("job %s (%s) failed: %s: %s", claim.key, outcome.job_type, error.error_type, error.message)
         self._registry.report(
             events.JobFailed(
-                job_id=outcome.job_id or claim.key,
-                job_type=outcome.job_type or "",
+                **_names(claim, outcome),
                 error_type=error.error_type,
                 message=error.message,
                 attempt=claim.attempt,
                 is_dead_letter=letter is not None,
             )
         )
+
+    def _tell_usage(self, outcome: Outcome) -> None:
+        for record in (worker_record(self._settings.worker_name, outcome), completion_record(outcome)):
+            if record is not None:
+                self._usage.put(record)
 
     def _callback_delay(self, job: Job | None) -> float:
         """A terminal report that is too early finds the client's rows not linked yet."""
@@ -175,6 +175,11 @@ class Settler:
                 logger.warning("job %s waits to be settled: %s", active.claim.key, error)
                 time.sleep(backoff)
                 backoff = min(backoff * 2, _LONGEST_BACKOFF)
+
+
+def _names(claim: Claim, outcome: Outcome) -> dict[str, str]:
+    """What events call a job, whose message may be beyond reading."""
+    return {"job_id": outcome.job_id or claim.key, "job_type": outcome.job_type or ""}
 
 
 def _queued(claim: Claim, callback: Callback) -> QueuedCallback:

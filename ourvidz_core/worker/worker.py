@@ -19,6 +19,7 @@ from ourvidz_core.errors import JobCancelled, PayloadError, QueueError, QueueUna
 from ourvidz_core.logs import job_context
 from ourvidz_core.redaction import redact
 from ourvidz_core.wire.payloads import decode_message
+from ourvidz_core.wire.states import WorkerState
 from ourvidz_core.worker.dispatcher import CallbackDispatcher
 from ourvidz_core.worker.leases import LeaseKeeper
 from ourvidz_core.worker.parts import ActiveJob, ActiveJobs, Stopping, WorkerParts
@@ -58,6 +59,7 @@ class Worker:
         self._queues = tuple(queues)
         self._jobs = ActiveJobs()
         self._stopping = Stopping()
+        self._has_begun = False
         self._dispatcher = CallbackDispatcher(
             parts.queue,
             queues,
@@ -78,7 +80,9 @@ class Worker:
         self._keeper.start()
         logger.info("worker %s takes jobs from %s", self._settings.worker_name, ", ".join(self._queues))
         try:
+            self._has_begun = True
             self._claim_until(until)
+            self._parts.vitals.end("claims")
             self._jobs.wait_until_none()
             if until is not Until.STOPPED and not self._stopping.begun.is_set():
                 self._wait_for_callbacks()
@@ -90,6 +94,15 @@ class Worker:
             self._dispatcher.close()
             self._processing.close()
             self._keeper.join(timeout=5.0)
+
+    @property
+    def state(self) -> WorkerState:
+        """What it is doing; may be asked from any thread."""
+        if self._stopping.begun.is_set() or self._stopping.handing_back.is_set():
+            return WorkerState.DRAINING
+        if not self._has_begun:
+            return WorkerState.STARTING
+        return WorkerState.WORKING if len(self._jobs) else WorkerState.IDLE
 
     def stop(self) -> None:
         """Take no more jobs, finish those at hand within the grace time, then hand them back.
@@ -117,6 +130,7 @@ class Worker:
     def _claim_until(self, until: Until) -> None:
         backoff = 0.0
         while not self._stopping.begun.is_set():
+            self._parts.vitals.turn("claims")
             if not self._may_claim():
                 self._jobs.wait(0.1)
                 continue
@@ -125,6 +139,7 @@ class Worker:
                 claim = self._queue.claim(
                     self._queues, worker=self._settings.worker_name, lease=self._settings.lease_seconds
                 )
+                self._parts.vitals.queue_answered()
                 if claim is not None and self._leaves(claim):
                     self._queue.hand_back(claim, delay=LEFT_SECONDS, counts_as_attempt=False)
                 elif claim is not None:

@@ -45,6 +45,7 @@ local function take(keys, id, raw, meta, worker, lease_until)
   meta.token = redis.call('INCR', keys.fence)
   meta.attempt = (meta.attempt or 0) + 1
   meta.worker = worker
+  meta.claimed_at = now_ms()
   local text = cjson.encode(meta)
   redis.call('HSET', keys.job, id, raw)
   redis.call('HSET', keys.meta, id, text)

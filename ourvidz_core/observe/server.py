@@ -1,0 +1,117 @@
+"""Answers ``/healthz``, ``/readyz`` and ``/metrics`` over HTTP. There is nothing here that changes anything."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from attrs import frozen
+
+logger = logging.getLogger(__name__)
+
+#: Whoever connects and says nothing is hung up on.
+_REQUEST_SECONDS = 10.0
+
+
+@frozen(kw_only=True)
+class Answer:
+    """What one page says."""
+
+    body: bytes
+    media_type: str = "application/json"
+    status: HTTPStatus = HTTPStatus.OK
+
+    @classmethod
+    def of(cls, is_good: bool, facts: Mapping[str, Any]) -> Answer:
+        """``facts`` as JSON, with 200 where all is well, else 503."""
+        body = json.dumps({"status": "ok" if is_good else "unavailable", **facts}).encode() + b"\n"
+        return cls(body=body, status=HTTPStatus.OK if is_good else HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+Page = Callable[[Mapping[str, str]], Answer]
+
+
+class HealthServer:
+    """Serves pages from threads of its own until it is closed.
+
+    :raises OSError: the address cannot be had.
+    """
+
+    def __init__(self, address: str, pages: Mapping[str, Page]) -> None:
+        host, _, port = address.rpartition(":")
+        handler = type("Handler", (_Handler,), {"pages": dict(pages)})
+        self._server = _Server((host.strip("[]"), int(port)), handler)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 60.0}, name="health", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """``host:port``, with the port that was found where 0 was asked for."""
+        host, port = self._server.server_address[:2]
+        return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
+
+    def close(self) -> None:
+        """Answer no more."""
+        # The loop looks whether it shall end when somebody connects, so that it need not wake to look.
+        ending = threading.Thread(target=self._server.shutdown, daemon=True)
+        ending.start()
+        with contextlib.suppress(OSError):
+            host, port = self._server.server_address[:2]
+            socket.create_connection((str(host), port), timeout=1.0).close()
+        ending.join(timeout=1.0)
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class names them
+        logger.debug("a request to the health endpoint failed", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    pages: Mapping[str, Page]
+    timeout = _REQUEST_SECONDS
+    server_version = "ourvidz"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        page = self.pages.get(self.path.partition("?")[0])
+        if page is None:
+            self._send(Answer.of(False, {"pages": sorted(self.pages)}), HTTPStatus.NOT_FOUND)
+            return
+        try:
+            answer = page({name.lower(): value for name, value in self.headers.items()})
+        except Exception:
+            logger.exception("the page %s failed", self.path.partition("?")[0])
+            answer = Answer.of(False, {"reason": "it failed; the log says why"})
+        self._send(answer, answer.status)
+
+    do_HEAD = do_GET  # noqa: N815 - the base class looks for this name
+
+    def _send(self, answer: Answer, status: HTTPStatus) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", answer.media_type)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - the base class names it
+        logger.debug(format, *arguments)
