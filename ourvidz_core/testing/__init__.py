@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SupabaseServer,
     )
     from ourvidz_core.testing.stand_in import stand_in_plugin
+    from ourvidz_core.testing.storage import StorageSuite
     from ourvidz_core.testing.suite import ConformanceSuite
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "PluginHost": "host",
     "ReceivedRequest": "servers",
     "RecordingContext": "doubles",
+    "StorageSuite": "storage",
     "StubEngine": "doubles",
     "SupabaseServer": "servers",
     "make_distribution": "distributions",
@@ -52,6 +54,7 @@ __all__ = [
     "PluginHost",
     "ReceivedRequest",
     "RecordingContext",
+    "StorageSuite",
     "StubEngine",
     "SupabaseServer",
     "make_distribution",
