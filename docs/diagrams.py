@@ -47,8 +47,8 @@ def imports_diagram() -> str:
     """A row for each room of the core, a column for each that it may import, a mark where it does."""
     names = _rooms()
     imports = _imports_between(names)
-    drawing = _Drawing(width=760, height=110.0 + 44 * len(names))
     first = 380
+    drawing = _Drawing(width=first + 44.0 * len(names) + 20, height=110.0 + 44 * len(names))
     for column, name in enumerate(names):
         drawing.label(first + 18 + 44 * column, 60, name.removeprefix("ourvidz_core."), size=11, turned=True)
     for row, name in enumerate(names):
