@@ -61,7 +61,13 @@ def up(  # noqa: PLR0917 - click names them all
         raise SettingsError("no plugin with job types is loaded; ourvidz plugins list says why")
     report = _measured(settings)
     tables = _tables(registry, report, workers=workers, gpus=gpus, per_queue=per_queue, queues=queues)
-    plan = plan_workers(tables, registry.queues, environ=os.environ, arguments=["--no-checks"] if no_checks else [])
+    plan = plan_workers(
+        tables,
+        registry.queues,
+        environ=os.environ,
+        health_address=settings.health_address,
+        arguments=["--no-checks"] if no_checks else [],
+    )
     plan = share_memory(plan, report, registry.job_types, device=settings.device, is_checked=not no_checks)
     file = ReportFile(settings.state_dir / REPORT_DIRECTORY)
     server = _embedded_redis(settings)

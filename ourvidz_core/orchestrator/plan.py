@@ -97,10 +97,13 @@ def plan_workers(
     queues: Sequence[str],
     *,
     environ: Mapping[str, str],
+    health_address: str = "off",
     arguments: Sequence[str] = (),
     host: str | None = None,
 ) -> list[PlannedWorker]:
     """The workers of ``tables``; ``queues`` are all that there are.
+
+    The first answers at ``health_address``, each other one at the next port.
 
     :raises SettingsError: a name is used twice or cannot be one, a queue is nobody's, a GPU is not to be seen.
     """
@@ -126,6 +129,7 @@ def plan_workers(
                 arguments=("worker", f"--queues={','.join(chosen)}", *arguments),
                 environment={
                     variable_of("worker_name"): worker_name,
+                    variable_of("health_address"): _health_address(health_address, len(planned)),
                     **_device_environment(table, environ),
                     **table.environment,
                 },
@@ -166,6 +170,11 @@ def share_memory(
                 worker, memory_gb=round(memory_gb, 1), environment={**budget, **worker.environment}
             )
     return [shared[worker.name] for worker in planned]
+
+
+def _health_address(first: str, number: int) -> str:
+    host, _, port = first.rpartition(":")
+    return f"{host}:{int(port) + number}" if port.isdecimal() and int(port) else first
 
 
 def _device_environment(table: WorkerTable, environ: Mapping[str, str]) -> dict[str, str]:

@@ -108,6 +108,20 @@ def test_a_wrong_table_says_what_is_wrong(tables: list[dict], said: str) -> None
         plan_workers(tables_of(tables), QUEUES, environ={"CUDA_VISIBLE_DEVICES": "4,5"}, host="h")
 
 
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        ("127.0.0.1:9464", ["127.0.0.1:9464", "127.0.0.1:9465"]),
+        ("127.0.0.1:0", ["127.0.0.1:0"] * 2),
+        ("off", ["off"] * 2),
+    ],
+)
+def test_each_worker_says_how_it_is_at_a_port_of_its_own(first: str, expected: list[str]) -> None:
+    tables = tables_from_flags(QUEUES, workers=2, gpus=[], per_queue=False)
+    workers = plan_workers(tables, QUEUES, environ={}, health_address=first, host="h")
+    assert [worker.environment["OURVIDZ_HEALTH_ADDRESS"] for worker in workers] == expected
+
+
 def test_numbers_of_gpus_count_what_the_orchestrator_sees() -> None:
     (worker,) = plan_workers(
         tables_of([{"name": "a", "gpus": [1]}]), QUEUES, environ={"CUDA_VISIBLE_DEVICES": "4,5"}, host="h"
