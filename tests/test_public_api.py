@@ -20,6 +20,8 @@ NAMES = [
     "Artifact",
     "ArtifactError",
     "AssetStored",
+    "CallbackDelivered",
+    "CallbackRefused",
     "Check",
     "Command",
     "CommandFailed",
@@ -32,6 +34,7 @@ NAMES = [
     "GenerationError",
     "GenerationFinished",
     "GenerationProgressed",
+    "GenerationStarted",
     "Job",
     "JobCancelled",
     "JobCompleted",
@@ -132,3 +135,12 @@ def test_what_authors_are_shown_imports_from_the_root_alone(path: str) -> None:
 def test_templates_and_examples_were_found() -> None:
     assert len(SHOWN) >= 12
     assert "examples/acme-upscale/acme_upscale/plugin.py" in SHOWN
+
+
+def test_every_event_that_a_plugin_hears_is_among_the_names() -> None:
+    from ourvidz_core.wire import events
+
+    heard = {
+        name for name, value in vars(events).items() if isinstance(value, type) and issubclass(value, events.Event)
+    }
+    assert heard <= set(NAMES)
