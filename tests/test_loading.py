@@ -216,10 +216,10 @@ def test_a_required_plugin_that_is_not_loaded_stops_the_start(
 
 
 def test_an_extension_that_is_required_and_broken_stops_the_start_as_well(site: Path, install: Install) -> None:
-    install("acme-policy", "from ourvidz_core import hookimpl\n@hookimpl\ndef reviews_job(job): ...")
+    install("acme-rules", "from ourvidz_core import hookimpl\n@hookimpl\ndef reviews_job(job): ...")
 
-    with pytest.raises(RequiredPluginMissing, match=r"acme-policy 1\.0 is required and failed: \(validation\)"):
-        load(site, require_plugins=["acme-policy"])
+    with pytest.raises(RequiredPluginMissing, match=r"acme-rules 1\.0 is required and failed: \(validation\)"):
+        load(site, require_plugins=["acme-rules"])
 
 
 # -- the version of the hooks
