@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLUGINS := $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 DEMO := demo-output
 MODELS := $(DEMO)/models
-SOURCES := conftest.py ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs deploy
+SOURCES := conftest.py pytest_ourvidz.py ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs deploy
 # Anew each time, for pages that did not change are not warned about again.
 SITE = $(BIN)/python -m sphinx --quiet --fail-on-warning --fresh-env docs site && $(BIN)/python docs/check_site.py site
 # One thread for each process of torch: the suite runs as many processes as there are cores.
@@ -24,7 +24,7 @@ test: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff format $(if $(CI),--check) $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/mypy ourvidz_core
+	$(BIN)/mypy ourvidz_core pytest_ourvidz.py
 	$(BIN)/mypy $(PLUGINS:%=-p ourvidz_%)
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -395,3 +396,9 @@ def test_the_command_prints_what_is_wrong_below_its_table(
 def test_the_pytest_plugin_is_light_until_a_test_asks_for_a_host() -> None:
     program = "import pytest_ourvidz, sys; sys.exit('ourvidz_core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_page_about_tests_lists_the_checks_in_their_words() -> None:
+    page = (Path(__file__).parent.parent / "docs/how-to/test-a-plugin.md").read_text("utf-8")
+    listed = dict(re.findall(r"^\| `([a-z-]+)` \| (.+) \|$", page, re.MULTILINE))
+    assert listed == {name: (check.__doc__ or "").replace("``", "`") for name, check in CHECKS.items()}
