@@ -92,6 +92,19 @@ def test_tables_of_the_settings_file_say_it_too_and_no_process_takes_them_for_se
     assert "its-own-secret" not in str(engine_environment(settings, environ))
 
 
+def test_the_tables_of_the_documentation_are_a_plan(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/orchestrate.md").read_text("utf-8")
+    file = tmp_path / "settings.toml"
+    file.write_text(page.partition("```toml\n")[2].partition("```")[0])
+    environ = {"OURVIDZ_SETTINGS": str(file)}
+    workers = plan_workers(tables_of(load_worker_tables(environ)), QUEUES, environ=environ, host="h")
+    assert [(worker.name, worker.queues, worker.gpus) for worker in workers] == [
+        ("images", ("sdxl_queue",), ("0",)),
+        ("videos", ("wan_queue",), ("1",)),
+    ]
+    assert load(environ).redis_address == "rediss://default:PASSWORD@HOST:6379"
+
+
 @pytest.mark.parametrize(
     ("tables", "said"),
     [
