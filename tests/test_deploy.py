@@ -151,10 +151,12 @@ def test_the_steps_of_the_image_make_a_worker_that_works(tmp_path: Path) -> None
         "OURVIDZ_WORK_DIR": str(tmp_path / "work"),
     }
     arguments.append("--no-checks")  # there are no models here
+    health = recipe.command("HEALTHCHECK")
+    assert subprocess.run(health, env=environ, cwd=tmp_path, check=False).returncode, "somebody else answers there"
     worker = subprocess.Popen(arguments, env=environ, cwd=tmp_path)
     try:
         deadline = time.monotonic() + 120
-        while subprocess.run(recipe.command("HEALTHCHECK"), env=environ, cwd=tmp_path, check=False).returncode:
+        while subprocess.run(health, env=environ, cwd=tmp_path, check=False).returncode:
             assert worker.poll() is None, "the worker ended"
             assert time.monotonic() < deadline, "the worker did not become healthy"
             time.sleep(1)
