@@ -25,6 +25,7 @@ from ourvidz_wan_enhanced.settings import EnhancerSettings
 
 import ourvidz_core.errors
 from ourvidz_core.cli.main import cli
+from ourvidz_core.observe.catalog import SPECS
 from ourvidz_core.plugins import hookspecs
 from ourvidz_core.settings import WELL_KNOWN_NAMES, Settings, load, load_section, variable_of
 
@@ -106,7 +107,23 @@ def errors_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "cli.md": cli_page, "hooks.md": hooks_page, "errors.md": errors_page}
+def metrics_page() -> str:
+    """Every metric of a worker."""
+    parts = ["# Metrics\n", "What a worker serves at `/metrics`; see [how to monitor workers](../how-to/monitor.md).\n"]
+    parts += ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    for spec in SPECS:
+        labels = ", ".join(f"`{label}`" for label in spec.labels) or "none"
+        parts.append(f"| `{spec.shown_name}` | {spec.kind.value} | {labels} | {spec.meaning} |")
+    return "\n".join(parts) + "\n"
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "cli.md": cli_page,
+    "hooks.md": hooks_page,
+    "errors.md": errors_page,
+    "metrics.md": metrics_page,
+}
 DIAGRAMS = {"imports.svg": diagrams.imports_diagram, "walk.svg": diagrams.walk_diagram}
 
 
