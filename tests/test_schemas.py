@@ -247,7 +247,7 @@ def test_the_schema_takes_what_the_worker_takes_and_nothing_else(
     reference = {"config": {"image": URL}, "metadata": {"reference_image_url": URL}}[place]
     always = {} if job_type in ("acme", "sdxl_image_fast") else reference
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(st.dictionaries(st.sampled_from([*keys, "unknown"]), VALUES, max_size=2 if place == "config" else 1))
     def hold_together(values: dict[str, Any]) -> None:
         if always and not isinstance(values.get(next(iter(always)), URL), str):
@@ -258,7 +258,7 @@ def test_the_schema_takes_what_the_worker_takes_and_nothing_else(
     hold_together()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     values=st.dictionaries(
         st.sampled_from(
