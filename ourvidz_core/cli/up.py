@@ -52,7 +52,9 @@ def up(  # noqa: PLR0917 - click names them all
     from ourvidz_core.orchestrator.report import ReportFile
     from ourvidz_core.orchestrator.slots import Patience
     from ourvidz_core.orchestrator.supervisor import Supervisor
+    from ourvidz_core.worker.privacy import keep_to_itself
 
+    keep_to_itself()
     if config is not None:
         os.environ[SETTINGS_FILE] = str(config)  # the workers read it, too
     settings = open_settings()

@@ -175,10 +175,12 @@ def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
     import stamina
 
     from ourvidz_core.engine.host import EngineProcess
+    from ourvidz_core.worker.privacy import keep_to_itself
     from ourvidz_core.worker.runner import JobRunner
     from ourvidz_core.worker.slot import EngineSlot
     from ourvidz_core.worker.workspace import Workspace
 
+    keep_to_itself()
     # Where structlog is installed, stamina would print each retry to standard output, past our logging.
     stamina.instrumentation.set_on_retry_hooks([])
     workspace = Workspace(settings.work_dir)

@@ -15,8 +15,8 @@ def keep_to_itself() -> None:
     """Let no process of this user read this one's environment or memory, or trace it.
 
     An engine starts without the secrets, and would else find them in ``/proc/<parent>/environ``.
-    Holds on Linux, against every process without ``CAP_SYS_PTRACE``; programs that are
-    started afterwards are as readable as ever. Leaves no core dump, and root can still look.
+    Holds on Linux, against everybody but a root with all its capabilities; programs that are
+    started afterwards are as readable as ever. No core dump is left either.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -21,8 +21,10 @@ from ourvidz_core.delivery.references import ReferenceSource
 from ourvidz_core.delivery.storage import Storage
 from ourvidz_core.engine.host import Engine, ignore_progress
 from ourvidz_core.errors import (
+    ArtifactError,
     AssetRejected,
     DiskFull,
+    HookFailed,
     InternalError,
     JobCancelled,
     JobError,
@@ -224,13 +226,15 @@ class JobRunner:
             )
 
         _stop_if_cancelled(watch)
-        return self._engine.run(
+        finished = self._engine.run(
             job,
             work_dir=directory,
             timeout_seconds=self._job_timeouts_seconds.get(job.job_type, owned.job_type.timeout_seconds),
             on_progress=on_progress,
             cancelled=watch.cancelled,
         )
+        _refuse_what_is_not_its(finished, job, directory)
+        return finished
 
     def _choose_buckets(self, owned: OwnedJobType, finished: FinishedGeneration) -> list[str]:
         """A bucket for each artifact, all limits checked: a job that cannot end well uploads nothing."""
@@ -289,6 +293,16 @@ class JobRunner:
             job=walk.job,
             seconds=seconds,
         )
+
+
+def _refuse_what_is_not_its(finished: FinishedGeneration, job: Job, directory: Path) -> None:
+    """The engine has looked at its files itself; but plugins run there, and what is stored is chosen here."""
+    made = finished.job
+    if (made.id, made.user_id, made.job_type) != (job.id, job.user_id, job.job_type):
+        raise HookFailed(f"a plugin changed whose job this is: {job.job_type} came back under other ids")
+    for artifact in finished.generation.artifacts:
+        if not artifact.path.resolve().is_relative_to(directory.resolve()):
+            raise ArtifactError(f"{artifact.path.name} does not lie in the job's work directory, and is not stored")
 
 
 @attrs.define(kw_only=True)
