@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ourvidz_core
+from ourvidz_core.cli.main import main
 from ourvidz_core.errors import DuplicateJobType, RequiredPluginMissing, UnknownJobType
 from ourvidz_core.plugins import hookspecs
 from ourvidz_core.plugins.loading import PluginRecord, installed_plugins, load_registry
@@ -286,6 +287,29 @@ def test_a_plugin_that_implements_what_will_be_gone_is_loaded_and_told_the_cure(
     }
     assert sorted(Path(warning.filename).name for warning in shown) == ["acme_argument.py", "acme_hook.py"]
     assert f"plugin acme-hook 1.0: {hook}" in caplog.text
+
+
+def test_the_list_of_plugins_says_why_one_is_not_loaded_and_what_another_should_change(
+    site: Path, install: Install, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook = HookDeprecated("choose_bucket", since="0.2", removed_in="0.4", cure="set JobType.bucket")
+    monkeypatch.setitem(hookspecs.choose_bucket.ourvidz_spec, "warn_on_impl", hook)
+    install("acme-hook", GOOD.format(name="hook") + "@hookimpl\ndef choose_bucket(job): ...\n")
+    install("acme-next", GOOD.format(name="next"), requires=["ourvidz-core>=99"])
+    install("acme-blocked", GOOD.format(name="blocked"))
+    monkeypatch.setenv("OURVIDZ_ALLOW_PLUGINS", "acme-hook,acme-next,acme-blocked")
+    monkeypatch.setenv("OURVIDZ_BLOCK_PLUGINS", "Acme.Blocked")
+    monkeypatch.setenv("OURVIDZ_REQUIRE_PLUGINS", "acme-blocked")
+
+    assert main(["plugins", "list"]) == 0
+
+    printed = capsys.readouterr()
+    rows = {line.split()[0]: line.split(maxsplit=3)[2:] for line in printed.out.splitlines()}
+    assert rows["acme-hook"][0] == "loaded"
+    assert rows["acme-blocked"] == ["blocked", "OURVIDZ_BLOCK_PLUGINS names it"]
+    assert rows["acme-next"][0] == "incompatible"
+    assert "pip install --upgrade acme-next ourvidz-core" in rows["acme-next"][1]
+    assert f"acme-hook 1.0: {hook}" in printed.err
 
 
 def test_of_a_distribution_that_is_installed_twice_the_first_counts(site: Path, install: Install) -> None:
