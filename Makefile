@@ -6,8 +6,8 @@ PLUGINS := $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.
 DEMO := demo-output
 MODELS := $(DEMO)/models
 SOURCES := conftest.py pytest_ourvidz.py ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs deploy
-# Anew each time, for pages that did not change are not warned about again.
-SITE = $(BIN)/python -m sphinx --quiet --fail-on-warning --fresh-env docs site && $(BIN)/python docs/check_site.py site
+# Anew each time, for pages that did not change are not warned about again, and pages that went would stay.
+SITE = rm -rf site && $(BIN)/python -m sphinx --quiet --fail-on-warning docs site && $(BIN)/python docs/check_site.py site
 # One thread for each process of torch: the suite runs as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
 

@@ -20,18 +20,15 @@ project = "OurVidz"
 release = version = ourvidz_core.__version__
 copyright = "the OurVidz authors"  # noqa: A001 - Sphinx names it so
 extensions = ["myst_parser"]
+# It fetches nothing from another server, so that a page is whole without a network; check_site.py watches that.
 html_theme = "furo"
 html_title = "OurVidz"
-# A page is read where there is no network, too; nothing here is fetched from another server.
-html_theme_options = {"top_of_page_buttons": []}
+html_theme_options = {"top_of_page_buttons": []}  # the sources are not beside the pages
 html_copy_source = False
 html_show_sphinx = False
-templates_path: list[str] = []
-exclude_patterns: list[str] = []
 nitpicky = True
 # Links such as settings.md#ourvidz-wan name a heading the way that repository browsers do.
 myst_heading_anchors = 4
-suppress_warnings = ["misc.highlighting_failure"]  # JSON with an ellipsis is still the best lexer for what it shows
 
 
 def included_pages() -> dict[Path, Path]:
