@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,3 +100,21 @@ def test_without_a_device_and_a_budget_everything_stays() -> None:
 
 def test_forgetting_what_is_not_there_is_no_fault() -> None:
     ModelCache().drop("a")
+
+
+def test_without_a_budget_models_get_what_other_processes_leave_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cuda:
+        free, reserved = 20 * 2**30, 10 * 2**30
+        is_available = staticmethod(lambda: True)
+        mem_get_info = classmethod(lambda cls: (cls.free, 80 * 2**30))
+        memory_reserved = classmethod(lambda cls: cls.reserved)
+        empty_cache = staticmethod(lambda: None)
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=Cuda))
+    cache = ModelCache()
+    cache.get("a", object, vram_gb=12)
+    cache.get("b", object, vram_gb=12)  # 27 GiB are nine tenths of what is free and what is ours
+    assert cache.keys == ("a", "b")
+    Cuda.free = 10 * 2**30  # somebody else took the rest
+    cache.get("c", object, vram_gb=5)
+    assert cache.keys == ("b", "c")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ourvidz_core.cli.common import open_registry, open_settings, print_json
-from ourvidz_core.errors import PluginError
+from ourvidz_core.errors import OurVidzError, PluginError
 from ourvidz_core.settings import Settings, load_section
 from ourvidz_core.wire.findings import Check, Finding, Level
 
@@ -53,8 +53,7 @@ def doctor(as_json: bool, only: Sequence[str], thorough: bool) -> int:
 
 def all_checks(settings: Settings) -> list[Check]:
     """Every check of this set-up."""
-    from ourvidz_core.cli.wiring import callback_url, make_storage
-    from ourvidz_core.doctor.buckets import storage_checks
+    from ourvidz_core.cli.wiring import callback_url
     from ourvidz_core.doctor.endpoint import endpoint_checks
     from ourvidz_core.doctor.machine import disk_check, gpu_check
     from ourvidz_core.doctor.plugins import plugin_check
@@ -70,7 +69,7 @@ def all_checks(settings: Settings) -> list[Check]:
         models = list(registry.checks(load_section))
     return [
         *redis_checks(settings),
-        *storage_checks(make_storage(settings), job_types, limits_mb=settings.bucket_limits_mb, is_probed=True),
+        *_storage_checks(settings, job_types),
         *endpoint_checks(
             callback_url(settings),
             settings.callback_dir or settings.state_dir / "callbacks",
@@ -82,6 +81,17 @@ def all_checks(settings: Settings) -> list[Check]:
         disk_check(settings),
         *plugins,
     ]
+
+
+def _storage_checks(settings: Settings, job_types: Sequence[JobType]) -> list[Check]:
+    from ourvidz_core.cli.wiring import make_storage
+    from ourvidz_core.doctor.buckets import storage_checks
+
+    try:
+        storage = make_storage(settings)
+    except OurVidzError as error:
+        return [Check(name="storage", run=_red(str(error)))]
+    return storage_checks(storage, job_types, limits_mb=settings.bucket_limits_mb, is_probed=True)
 
 
 def start_checks(settings: Settings, registry: Registry, queues: Sequence[str]) -> list[Check]:

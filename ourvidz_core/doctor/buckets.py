@@ -36,7 +36,7 @@ def storage_checks(
             name=f"storage {bucket}",
             run=lambda: _look_at_bucket(storage, bucket, types, limits_mb, is_probed=is_probed),
             is_at_start=not is_probed,
-            timeout_seconds=30.0,
+            timeout_seconds=30.0 if is_probed else 10.0,
         )
 
     buckets: dict[str, list[JobType]] = {}

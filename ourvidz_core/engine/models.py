@@ -68,11 +68,12 @@ class ModelCache:
 
 
 def _device_budget_gb() -> float | None:
+    """What is free on the device with what this process holds of it. What other processes hold is theirs."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
-    _, total = torch.cuda.mem_get_info()
-    return float(total) / 2**30 * 0.9
+    free, _ = torch.cuda.mem_get_info()
+    return float(free + torch.cuda.memory_reserved()) / 2**30 * 0.9
 
 
 def _free_memory() -> None:

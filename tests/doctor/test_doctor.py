@@ -17,7 +17,7 @@ import redis
 from ourvidz_core.cli.main import main
 from ourvidz_core.delivery.embedded import EmbeddedRedis
 from ourvidz_core.doctor.examine import examine
-from ourvidz_core.doctor.gpus import Gpu, GpuReport
+from ourvidz_core.doctor.gpus import Gpu, GpuReport, measure_gpus
 from ourvidz_core.doctor.machine import gpu_check
 from ourvidz_core.doctor.redis_server import redis_checks
 from ourvidz_core.settings import Settings
@@ -384,3 +384,41 @@ def test_checks_run_beside_each_other_and_keep_their_order() -> None:
 def test_a_finding_that_is_not_green_says_what_to_do() -> None:
     with pytest.raises(ValueError, match="says what to do"):
         Finding.red("broken", cure="")
+
+
+def test_gpus_are_measured_by_a_process_of_its_own_that_may_hang(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(
+        """
+import os, time
+from types import SimpleNamespace as Space
+
+__version__ = "2.11"
+version = Space(cuda="13.0")
+backends = Space(cudnn=Space(version=lambda: 91000))
+
+
+def mem_get_info(index):
+    if os.environ.get("HANGS"):
+        time.sleep(60)
+    return (30 - index) * 2**30, 80 * 2**30
+
+
+cuda = Space(
+    is_available=lambda: not os.environ.get("LOST"),
+    device_count=lambda: 2,
+    mem_get_info=mem_get_info,
+    get_device_name=lambda index: "H200",
+    get_device_capability=lambda index: (9, 0),
+)
+"""
+    )
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    report = measure_gpus(environ)
+    assert [(gpu.index, gpu.free_gb, gpu.total_gb, gpu.capability) for gpu in report.gpus] == [
+        (0, 30.0, 80.0, "9.0"),
+        (1, 29.0, 80.0, "9.0"),
+    ]
+    assert (report.cuda, report.kernels["cuDNN"]) == ("13.0", "91000")
+    assert measure_gpus({**environ, "LOST": "1"}).trouble == "torch 2.11 (built for CUDA 13.0) finds none"
+    assert "did not answer within 0.5 s" in measure_gpus({**environ, "HANGS": "1"}, timeout_seconds=0.5).trouble
