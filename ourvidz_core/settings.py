@@ -243,7 +243,7 @@ class Settings:
     vram_budget_gb: float | None = option(
         default=None,
         validator=attrs.validators.optional(_positive),
-        help="Device memory that warm models may take, in GiB; default: what the device has, less 10%",
+        help="Device memory that warm models may take, in GiB; default: what other processes leave of the device, less 10%",
     )
     engine_start_seconds: float = option(
         default=300.0, validator=_positive, help="Time limit for the engine process to get ready"
