@@ -27,6 +27,7 @@ from ourvidz_core.errors import (
 from ourvidz_core.settings import Settings
 from ourvidz_core.testing.host import PluginHost, plugin_of
 from ourvidz_core.wire.artifacts import FinishedGeneration
+from ourvidz_core.wire.events import Event
 from ourvidz_core.wire.jobs import Job
 from ourvidz_core.worker.parts import WorkerParts
 from ourvidz_core.worker.slot import EngineSlot
@@ -89,9 +90,13 @@ class Bench:
     engine: ScriptedEngine
     worker: Worker
     thread: threading.Thread
+    events: list[Event]
 
     def push(self, job_id: str) -> None:
         self.queue.push(QUEUE, message(job_id))
+
+    def heard(self) -> list[str]:
+        return [type(event).__name__ for event in self.events]
 
     def reports(self, job_id: str) -> list[dict]:
         bodies = [json.loads(sent.body) for sent in self.callbacks.accepted]
@@ -150,7 +155,9 @@ def bench_of(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
             )
             worker = Worker(parts, [QUEUE])
             thread = threading.Thread(target=worker.run, args=[until], daemon=True)
-            made.append(Bench(queue=queue, callbacks=callbacks, engine=engine, worker=worker, thread=thread))
+            events: list[Event] = []
+            host.registry.observe("bench", lambda event: events.append(event))  # noqa: PLW0108 - the name counts
+            made.append(Bench(queue, callbacks, engine, worker, thread, events))
             return made[-1]
 
         yield make
@@ -289,6 +296,7 @@ def test_an_outcome_waits_in_the_spool_while_the_queue_is_away_and_the_worker_ca
     bench.worker.stop()
     bench.thread.join(10)
     assert not bench.thread.is_alive()
+    assert bench.heard() == ["JobStarted", "GenerationStarted", "JobReleased"]
     bench.worker._parts.spool.close()
 
     bench.queue.is_away = False

@@ -106,7 +106,7 @@ class JobRetried(Event):
 
 @frozen(kw_only=True)
 class JobReleased(Event):
-    """The job goes on elsewhere: it was handed back when this worker ended, or another worker has taken it over."""
+    """The job goes on elsewhere: handed back when this worker ended, taken over by another, or left to one."""
 
     reason: str
 

@@ -48,6 +48,8 @@ class ActiveJob:
 
     claim: Claim
     watch: Watch = field(factory=Watch)
+    #: Empty until its message was read.
+    job_type: str = ""
     is_generated: bool = False
     #: Somebody else has it now.
     is_lost: bool = False

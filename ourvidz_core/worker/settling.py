@@ -55,15 +55,16 @@ class Settler:
         claim, error = active.claim, outcome.error
         if self.is_handed_back(active, outcome):
             self._insist(active, lambda: self._queue.hand_back(claim, delay=0.0, counts_as_attempt=False))
-            self._release(active, outcome, "handed back")
+            self.release(active, "handed back")
         elif error is not None and self._may_run_again(claim, error):
             self._retry(active, outcome, error)
         else:
             self._finish(active, outcome)
 
-    def release_lost(self, active: ActiveJob, outcome: Outcome) -> None:
-        """Let go of a job that another worker has; nothing is reported of it."""
-        self._release(active, outcome, "lost to another worker")
+    def release(self, active: ActiveJob, reason: str) -> None:
+        """Say that a job goes on elsewhere; nothing is reported of it here."""
+        job = {"job_id": active.claim.key, "job_type": active.job_type}
+        self._registry.report(events.JobReleased(**job, reason=reason))
 
     def end_unrun(self, claim: Claim, error: JobError) -> None:
         """Report a job that shall not run as failed."""
@@ -78,9 +79,6 @@ class Settler:
                 error=error,
             ),
         )
-
-    def _release(self, active: ActiveJob, outcome: Outcome, reason: str) -> None:
-        self._registry.report(events.JobReleased(**_names(active.claim, outcome), reason=reason))
 
     def _may_run_again(self, claim: Claim, error: JobError) -> bool:
         if not error.is_transient or claim.attempt >= self._settings.max_attempts:
@@ -125,7 +123,7 @@ class Settler:
         self._spool.forget(ending)
         self._on_callback()
         if answer is FinishAnswer.FENCED:
-            self.release_lost(active, outcome)
+            self.release(active, "lost to another worker")
             return
         self._tell_usage(outcome)
         if error is None:

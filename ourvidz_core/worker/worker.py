@@ -18,6 +18,7 @@ from ourvidz_core.delivery.queue import Claim
 from ourvidz_core.errors import JobCancelled, PayloadError, QueueError, QueueUnavailable
 from ourvidz_core.logs import job_context
 from ourvidz_core.redaction import redact
+from ourvidz_core.wire.jobs import Job
 from ourvidz_core.wire.payloads import decode_message
 from ourvidz_core.wire.states import WorkerState
 from ourvidz_core.worker.dispatcher import CallbackDispatcher
@@ -200,13 +201,17 @@ class Worker:
     def _begin(self, active: ActiveJob) -> None:
         active.watch = attrs.evolve(
             active.watch,
-            on_job=lambda job: self._processing.send(active, job),
+            on_job=lambda job: self._report_begun(active, job),
             on_progress=lambda stage, step, total: active.note_sign(),
             on_generated=lambda: self._jobs.mark_generated(active),
             on_stored=lambda asset: active.note_sign(),
         )
         self._jobs.add(active)
         threading.Thread(target=self._work_on, args=[active], name=f"job-{active.claim.token}", daemon=True).start()
+
+    def _report_begun(self, active: ActiveJob, job: Job) -> None:
+        active.job_type = job.job_type
+        self._processing.send(active, job)
 
     def _work_on(self, active: ActiveJob) -> None:
         with job_context(active.claim.key), redact.without_prompts(*prompts_of(active.claim.raw)):
@@ -226,14 +231,16 @@ class Worker:
             # It must be over before a terminal report can go out. A job that is handed back has none.
             self._processing.wait(active, 0.0 if self._settler.is_handed_back(active, outcome) else None)
             if active.is_lost:
-                self._settler.release_lost(active, outcome)
+                self._settler.release(active, "lost to another worker")
             else:
                 self._settler.settle(active, outcome)
         except QueueUnavailable as error:
-            logger.warning("job %s is left to the spool, or to the end of its lease: %s", claim.key, error)
+            logger.warning("the queue is away: %s", error)
+            self._settler.release(active, "left to the spool, or to the end of its lease")
         except Exception:
             # The lease runs out and the job is tried again; there is nothing better to do with it here.
             logger.exception("job %s could not be settled", claim.key)
+            self._settler.release(active, "left to the end of its lease")
         finally:
             self._jobs.remove(active)
 

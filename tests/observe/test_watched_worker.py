@@ -50,7 +50,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     server = EmbeddedRedis(root / "redis")
     board = RedisBoard.connect(server.address)
     with (
-        SupabaseServer(key=SECRETS["SUPABASE_SERVICE_KEY"], buckets={"toy_image": Bucket(), "toy_brief": Bucket()}) as supabase,
+        SupabaseServer(
+            key=SECRETS["SUPABASE_SERVICE_KEY"], buckets={"toy_image": Bucket(), "toy_brief": Bucket()}
+        ) as supabase,
         FileServer({"/metrics": Answer()}) as endpoint,
         Fleet.on(server, root, QUEUE, supabase) as fleet,
     ):
