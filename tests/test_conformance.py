@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from ourvidz_core.cli.main import main
 from ourvidz_core.plugins.loading import installed_plugins
 from ourvidz_core.testing.conformance import CHECKS, CheckResult, CheckStatus, Subject
 from ourvidz_core.testing.conformance import run_check as run_one
+from ourvidz_core.testing.suite import ConformanceSuite
 
 IN_ENGINE = """
 from attrs import evolve, frozen
@@ -287,9 +289,9 @@ def failed(results: dict[str, CheckResult]) -> dict[str, str]:
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_wrong_is_found_with_what_to_change(name: str, check: Callable[..., dict[str, CheckResult]]) -> None:
     broken = BROKEN[name]
-    # The check of the import takes a process, so it runs where it has something to find.
-    skip = () if broken.check == "light-import" else ("light-import",)
-    said = failed(check(broken.changed, skip=skip))
+    # These two take a process and a look at all that is installed, so they run where they have something to find.
+    skip = {"light-import", "names"} - {broken.check}
+    said = failed(check(broken.changed, skip=tuple(skip)))
     assert set(said) == {broken.check, *broken.also}
     problem, _, cure = said[broken.check].partition("\n  -> ")
     assert broken.problem in problem
@@ -339,11 +341,32 @@ def test_the_model_that_is_not_here_is_why_nothing_was_generated(check: Callable
         assert "set OURVIDZ_ACME_MODEL" in results[name].reason
 
 
-def test_the_command_checks_each_plugin_in_a_process_that_may_die(
+def test_the_suite_fails_with_what_to_change_and_skips_with_the_reason(
+    install: Callable[..., None], tmp_path: Path
+) -> None:
+    install("acme-broken", IN_ENGINE.replace('"size": 16', '"size": "16"'))
+    plugin = next(plugin for plugin in installed_plugins() if plugin.distribution == "acme-broken")
+    subject = Subject(plugin, root=tmp_path)
+    suite = ConformanceSuite()
+    suite.test_it_loads(subject)
+    with pytest.raises(pytest.fail.Exception, match=r"broken: its sample is refused.*\n  -> correct JobType"):
+        suite.test_its_samples_are_taken(subject)
+    with pytest.raises(pytest.skip.Exception, match="a sample is refused"):
+        suite.test_user_text_stays_one_argument(subject)
+
+
+def test_the_suite_has_a_test_for_each_check() -> None:
+    source = inspect.getsource(ConformanceSuite)
+    assert re.findall(r'_demand\(subject, "([a-z-]+)"\)', source) == list(CHECKS)
+
+
+def test_the_command_checks_each_plugin_in_a_process_that_may_die_and_has_no_secret(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install("acme-broken", IN_ENGINE.replace("context.progress(0, 1)", "__import__('os')._exit(7)"))
+    end = "import os; os._exit(8 if 'REDIS_URL' in os.environ else 7)"
+    install("acme-broken", IN_ENGINE.replace("context.progress(0, 1)", end))
     monkeypatch.setenv("OURVIDZ_ALLOW_PLUGINS", "acme-broken")
+    monkeypatch.setenv("REDIS_URL", "rediss://default:secret-of-the-worker@redis.test:6379")
     assert main(["plugins", "check", "--json"]) == 1
     results = json.loads(capsys.readouterr().out)
     statuses = {(result["distribution"], result["check"]): result["status"] for result in results}

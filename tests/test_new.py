@@ -14,13 +14,17 @@ from pathlib import Path
 
 import pytest
 import stamina
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ourvidz_core
 from ourvidz_core.cli.main import main
-from ourvidz_core.cli.new import KINDS
+from ourvidz_core.cli.new import KINDS, package_of
+from ourvidz_core.errors import PluginError
 from ourvidz_core.plugins.loading import installed_plugins
 from ourvidz_core.plugins.versions import incompatibility_of
 from ourvidz_core.testing.conformance import CHECKS, CheckStatus, Subject, run_check
+from ourvidz_core.wire.job_types import JobType
 from tests.environments import make_environment
 
 #: Checks that have something to look at in a plugin of that kind.
@@ -124,6 +128,17 @@ def test_a_name_that_cannot_be_is_refused_before_anything_is_written(
     assert main(["new", name]) == (0 if says is None else 2)
     assert (says or "") in capsys.readouterr().err
     assert bool(list(tmp_path.iterdir())) is (says is None)
+
+
+@given(st.text(alphabet="aZ09-_. \xe9/", max_size=70))
+@settings(max_examples=50)
+def test_whatever_name_is_taken_makes_a_package_and_a_job_type(name: str) -> None:
+    try:
+        package = package_of(name)
+    except PluginError:
+        return
+    assert package.isidentifier()
+    assert JobType(name=package, queue=f"{package}_queue", content_type="image").bucket == package
 
 
 def test_a_directory_that_holds_something_is_left_alone(

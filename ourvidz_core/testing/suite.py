@@ -44,6 +44,8 @@ class ConformanceSuite:
     @classmethod
     def subject(cls, environ: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
         """The installed plugin, loaded alone."""
+        if not hasattr(cls, "distribution"):
+            pytest.fail(f'say which plugin {cls.__name__} is about: distribution = "acme-upscale"', pytrace=False)
         installed = {canonicalize_name(plugin.distribution): plugin for plugin in installed_plugins()}
         plugin = installed.get(canonicalize_name(cls.distribution))
         if plugin is None:

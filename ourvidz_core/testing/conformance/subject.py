@@ -129,8 +129,7 @@ class Subject:
 
     def parse(self, message: Mapping[str, Any]) -> Job:
         """The job of a message; raises ``PayloadError`` where the plugin refuses it."""
-        with self._host() as (host, _):
-            return host.parse(message)
+        return self._loaded.parse(message)
 
     def command_of(self, message: Mapping[str, Any]) -> Command | None:
         """The command line of a message, its references there and nothing generated."""
