@@ -243,7 +243,7 @@ class Settings:
     vram_budget_gb: float | None = option(
         default=None,
         validator=attrs.validators.optional(_positive),
-        help="Device memory that warm models may take, in GiB; default: what other processes leave of the device, less 10%",
+        help="Device memory that warm models may take, in GiB; default: what others leave of the device, less 10%",
     )
     engine_start_seconds: float = option(
         default=300.0, validator=_positive, help="Time limit for the engine process to get ready"
@@ -268,6 +268,11 @@ class Settings:
     )
     restart_reset_seconds: float = option(
         default=300.0, validator=_positive, help="A worker that ran for this long has not failed to start"
+    )
+    silence_seconds: float = option(
+        default=120.0,
+        validator=_positive,
+        help="A worker of ourvidz up whose process gives no sign of life for this long is killed and started again",
     )
 
     # -- this machine
