@@ -62,8 +62,11 @@ def worker(  # noqa: PLR0917 - click names them all
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    line = WorkerEnd(supervisor, lambda: _end_alone(stops)) if supervisor is not None else None
     settings = open_settings()
+    line = None
+    if supervisor is not None:
+        sign_seconds = settings.silence_seconds / 8
+        line = WorkerEnd(supervisor, lambda: _end_alone(stops), sign_seconds=sign_seconds)
     settings = attrs.evolve(settings, require_plugins=[*settings.require_plugins, *require])
     registry = open_registry(settings)
     chosen = tuple(name.strip() for name in queues.split(",") if name.strip()) if queues else registry.queues

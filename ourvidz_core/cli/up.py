@@ -83,6 +83,7 @@ def up(  # noqa: PLR0917 - click names them all
                 reset_seconds=settings.restart_reset_seconds,
             ),
             drain_seconds=settings.drain_seconds,
+            silence_seconds=settings.silence_seconds,
             environ={**os.environ, variable_of("log_level"): settings.log_level.value},
             report=file.write,
         ).run()

@@ -1,7 +1,8 @@
 """The line between the orchestrator and a worker: the worker says when it is ready, and ends when the line breaks.
 
-A socket pair; each message is a line of JSON. The kernel closes the orchestrator's end with
-its process, whatever ended that, so no worker outlives it.
+A socket pair; each message is a line of JSON, and an empty line says that the worker's process
+still runs. The kernel closes the orchestrator's end with its process, whatever ended that, so
+no worker outlives it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from attrs import frozen
@@ -30,9 +33,10 @@ class Ready:
 class WorkerEnd:
     """The worker's end. ``on_gone`` is called in a thread when the orchestrator is no more."""
 
-    def __init__(self, descriptor: int, on_gone: Callable[[], None]) -> None:
+    def __init__(self, descriptor: int, on_gone: Callable[[], None], *, sign_seconds: float = 5.0) -> None:
         os.set_inheritable(descriptor, False)  # what the worker starts must not hold the line open
         self._socket = socket.socket(fileno=descriptor)
+        self._sign_seconds = sign_seconds
         self._on_gone = on_gone
         threading.Thread(target=self._watch, name="orchestrator", daemon=True).start()
 
@@ -44,8 +48,9 @@ class WorkerEnd:
 
     def _watch(self) -> None:
         with contextlib.suppress(OSError):
-            while self._socket.recv(4096):
-                pass
+            while not select.select([self._socket], [], [], self._sign_seconds)[0]:
+                self._socket.sendall(b"\n")
+        # Nothing is ever said in this direction, so what can be read is the end.
         self._on_gone()
 
 
@@ -57,6 +62,8 @@ class OrchestratorEnd:
         self._socket.setblocking(False)
         self._received = b""
         self.is_open = True
+        #: When the worker last gave a sign of life, by the monotonic clock.
+        self.heard_at = time.monotonic()
 
     @property
     def their_descriptor(self) -> int:
@@ -72,7 +79,7 @@ class OrchestratorEnd:
         return self._socket.fileno()
 
     def read(self) -> Ready | None:
-        """What the worker has said, if it has said all of it. ``is_open`` turns false when it is gone."""
+        """What the worker has just said; None for a sign of life. ``is_open`` turns false when it is gone."""
         try:
             data = self._socket.recv(65536)
         except BlockingIOError:
@@ -82,12 +89,10 @@ class OrchestratorEnd:
         if not data:
             self.is_open = False
             return None
-        self._received += data
-        line, end, rest = self._received.partition(b"\n")
-        if not end:
-            return None
-        self._received = rest
-        return structure(json.loads(line), Ready)
+        self.heard_at = time.monotonic()
+        *lines, self._received = (self._received + data).split(b"\n")
+        said = [structure(json.loads(line), Ready) for line in lines if line]
+        return said[-1] if said else None
 
     def close(self) -> None:
         """Break the line; a worker that is still there ends."""

@@ -56,6 +56,7 @@ class Supervisor:
         *,
         patience: Patience,
         drain_seconds: float,
+        silence_seconds: float,
         environ: Mapping[str, str],
         report: Callable[[OrchestratorReport], None] = lambda report: None,
         log: IO[bytes] | None = None,
@@ -63,6 +64,7 @@ class Supervisor:
         self._plan = {worker.name: worker for worker in plan}
         self._patience = patience
         self._drain_seconds = drain_seconds
+        self._silence_seconds = silence_seconds
         self._environ = dict(environ)
         self._report = report
         self._log = log or sys.stderr.buffer
@@ -193,6 +195,9 @@ class Supervisor:
         child, slot = self._children[name], self._fleet.slots[name]
         if slot.state is SlotState.STARTING and now - slot.since >= START_SECONDS:
             logger.error("%s was not ready after %.0f s; it is killed", name, START_SECONDS)
+            child.kill()
+        if slot.state is SlotState.READY and now - child.line.heard_at >= self._silence_seconds:
+            logger.error("%s hangs: no sign of life for %.0f s; it is killed", name, self._silence_seconds)
             child.kill()
         if child.kill_at is not None and now >= child.kill_at:
             logger.error("%s has not ended in time; it is killed", name)

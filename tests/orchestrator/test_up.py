@@ -266,6 +266,17 @@ def test_a_worker_refuses_to_start_where_jobs_would_be_lost(broken: dict, said: 
     assert "--no-checks" in str(refused.exception)
 
 
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_killed_and_replaced(up: Up) -> None:
+    up.start(OURVIDZ_SILENCE_SECONDS="2")
+    up.wait_for(up.is_ready)
+    first = up.pid()
+    os.kill(first, signal.SIGSTOP)
+    up.wait_for(lambda: up.is_ready(not_pid=first))
+    assert "worker hangs: no sign of life for 2 s" in up.log.read_text()
+    assert up.worker().last_ending == "signal SIGKILL"
+
+
 def test_two_orchestrators_do_not_share_a_state_directory(up: Up, monkeypatch) -> None:
     from ourvidz_core.orchestrator.report import ReportFile
 
