@@ -17,7 +17,7 @@ class DeviceMonitor:
         self._nvml: Any = None
         self._handle: Any = None
         if device != "cpu":
-            self._open(_visible_name(device, environ))
+            self._open(visible_name(device, environ))
 
     def memory(self) -> DeviceMemory | None:
         """What is in use now; None where nothing can be asked."""
@@ -52,7 +52,7 @@ class DeviceMonitor:
             self._handle = None
 
 
-def _visible_name(device: str, environ: Mapping[str, str]) -> str:
+def visible_name(device: str, environ: Mapping[str, str]) -> str:
     """The driver's index or UUID of ``cuda:N``: CUDA counts only the devices that it is shown."""
     index = device.partition(":")[2] or "0"
     shown = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]

@@ -10,7 +10,7 @@ import pytest
 
 from ourvidz_core.delivery.board import MemoryBoard
 from ourvidz_core.delivery.memory_queue import MemoryQueue
-from ourvidz_core.observe.device import DeviceMonitor
+from ourvidz_core.observe.device import DeviceMonitor, visible_name
 from ourvidz_core.observe.server import HealthServer
 from ourvidz_core.observe.vitals import Vitals
 from ourvidz_core.observe.watch import Subject, watched
@@ -119,6 +119,21 @@ def test_a_machine_without_a_gpu_has_no_memory_of_one() -> None:
         monitor = DeviceMonitor(device, environ)
         assert monitor.memory() is None
         monitor.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "name"),
+    [
+        ("auto", "", "0"),
+        ("cuda", "", "0"),
+        ("cuda:1", "", "1"),
+        ("cuda:1", "3,5", "5"),
+        ("cuda", "GPU-3f1b, GPU-77aa", "GPU-3f1b"),
+        ("cuda:2", "0", "none"),
+    ],
+)
+def test_a_device_is_named_as_the_driver_names_it(device: str, visible: str, name: str) -> None:
+    assert visible_name(device, {"CUDA_VISIBLE_DEVICES": visible}) == name
 
 
 @pytest.mark.gpu
