@@ -53,6 +53,8 @@ WELL_KNOWN_NAMES = {
     "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
     "otlp_headers": "OTEL_EXPORTER_OTLP_HEADERS",
 }
+#: Addresses that may hold a token, and that nothing in an engine has a use for.
+_ENDPOINTS = ("callback_url", "metrics_url")
 
 
 class PopSide(StrEnum):
@@ -386,7 +388,7 @@ def engine_environment(settings: Settings, environ: Mapping[str, str] = os.envir
     the settings file says goes along as variables, so that nobody there needs to read the file.
     """
     secret_names = {*WELL_KNOWN_NAMES.values()}
-    secret_names |= {variable_of(name) for name in WELL_KNOWN_NAMES}
+    secret_names |= {variable_of(name) for name in (*WELL_KNOWN_NAMES, *_ENDPOINTS)}
     secret_names |= {variable_of(field.name) for field in attrs.fields(Settings) if _is_secret(field.name)}
     said = {**_variables_of_file(environ.get(SETTINGS_FILE)), **environ}
     kept = {

@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from random import Random
 from typing import Protocol
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import requests
 from attrs import field, frozen
@@ -37,6 +38,8 @@ WEBHOOK_SECRET_PREFIX = "whsec_"  # noqa: S105 - the beginning of every such sec
 _WRONG_SIGNATURE = (401, 403)
 _ANSWER_BYTES = 64 * 1024
 _SHOWN_CHARACTERS = 200
+#: A shorter value, such as ``v=2``, is found in many a word by chance.
+_SHORTEST_TOKEN = 6
 
 
 MaySend = Callable[[], bool]
@@ -115,7 +118,7 @@ class HttpCallbacks:
         for value in self._secrets:
             _check_secret(value)
         #: An endpoint may repeat what it was sent; an error message may not.
-        self._hidden = tuple(value for value in (key, *self._secrets) if value)
+        self._hidden = tuple(value for value in (key, *self._secrets, *_tokens_of(url)) if value)
         self._timeout_seconds = timeout_seconds
         self._session = session or requests.Session()
 
@@ -307,6 +310,15 @@ class _LateBody:
         if not self._may_send():
             raise OSError(errno.ECANCELED, "the callback may no longer be sent")
         return self._stream.read(size)
+
+
+def _tokens_of(url: str) -> Iterator[str]:
+    """What of an address is not for everybody: its query, and each value in it as it is and unescaped."""
+    query = urlsplit(url).query
+    yield query
+    for _, value in parse_qsl(query):
+        if len(value) >= _SHORTEST_TOKEN:
+            yield from (value, quote(value, safe=""))
 
 
 def _check_secret(secret: str) -> None:
