@@ -14,6 +14,7 @@ import pytest
 
 if TYPE_CHECKING:
     from ourvidz_core import JobError
+    from ourvidz_core.delivery.queue import Queue
     from ourvidz_core.plugins.loading import FoundPlugin
     from ourvidz_core.testing import PluginHost
 
@@ -37,11 +38,18 @@ def host_references() -> Mapping[str, Path | bytes | JobError]:
 
 
 @pytest.fixture
+def host_queue() -> Queue | None:
+    """The queue that ``host.push`` fills and ``host.work`` empties. One in memory unless said."""
+    return None
+
+
+@pytest.fixture
 def host(
     tmp_path: Path,
     host_plugins: Sequence[str | FoundPlugin] | None,
     host_environ: Mapping[str, str],
     host_references: Mapping[str, Path | bytes | JobError],
+    host_queue: Queue | None,
 ) -> Iterator[PluginHost]:
     """Plugins on their own: the real walk of a job and the real worker, with everything else in this process.
 
@@ -52,6 +60,10 @@ def host(
     from ourvidz_core.testing.fixtures import isolated_host
 
     with isolated_host(
-        tmp_path / "host", plugins=host_plugins, environ=host_environ, references=host_references
+        tmp_path / "host",
+        plugins=host_plugins,
+        environ=host_environ,
+        references=host_references,
+        queue=host_queue,
     ) as made:
         yield made

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from attrs import frozen
 
+from ourvidz_core.delivery.embedded import EmbeddedRedis
+from ourvidz_core.delivery.queue import Queue
+from ourvidz_core.delivery.redis_queue import RedisQueue
 from ourvidz_core.errors import PluginError, ReferenceUnavailable
 from ourvidz_core.settings import load_section
 from ourvidz_core.testing.fixtures import environment, isolated_host
@@ -58,8 +62,19 @@ def test_the_settings_of_the_machine_are_back_after_a_test_that_failed(monkeypat
     assert os.environ["OURVIDZ_ACME_MODEL"] == "of this machine"
 
 
-def test_a_worker_takes_all_that_waits_and_reports_each_job(tmp_path: Path) -> None:
-    with isolated_host(tmp_path, plugins=[stand_in_plugin()], environ={}, references={}) as host:
+@pytest.fixture(params=["in memory", "embedded Redis"])
+def queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Queue | None]:
+    if request.param == "in memory":
+        yield None
+        return
+    server = EmbeddedRedis(tmp_path / "redis")
+    queue = RedisQueue.connect(server.address, on_close=server.close)
+    yield queue
+    queue.close()
+
+
+def test_a_worker_takes_all_that_waits_and_reports_each_job(tmp_path: Path, queue: Queue | None) -> None:
+    with isolated_host(tmp_path, plugins=[stand_in_plugin()], environ={}, references={}, queue=queue) as host:
         host.push({**MESSAGE, "id": "wrong", "config": {"width": "wide"}})
         host.push({**MESSAGE, "id": "right", "config": {"width": 20}})
         host.work()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
+from ourvidz_core.delivery.queue import Queue
 from ourvidz_core.errors import JobError, PluginError
 from ourvidz_core.plugins.loading import FoundPlugin, installed_plugins
 from ourvidz_core.settings import PREFIX, WELL_KNOWN_NAMES
@@ -37,11 +38,12 @@ def isolated_host(
     plugins: Sequence[str | FoundPlugin] | None,
     environ: Mapping[str, str],
     references: Mapping[str, Path | bytes | JobError],
+    queue: Queue | None = None,
 ) -> Iterator[PluginHost]:
     """A host below ``root`` that sees no setting of this machine. ``plugins`` None are all that are installed."""
     with (
         environment(environ),
-        PluginHost(root, *_chosen(plugins), references=references) as host,
+        PluginHost(root, *_chosen(plugins), references=references, queue=queue) as host,
     ):
         yield host
 

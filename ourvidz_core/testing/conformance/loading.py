@@ -40,13 +40,20 @@ def check_light_import(subject: Subject) -> Iterator[Flaw]:
         importlib.metadata.distribution(subject.distribution)
     except importlib.metadata.PackageNotFoundError:
         raise NotChecked("it is not installed as a distribution") from None
-    done = subprocess.run(
-        [sys.executable, "-m", "ourvidz_core.testing.light_import", subject.distribution],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_IMPORT_SECONDS,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ourvidz_core.testing.light_import", subject.distribution],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_IMPORT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        yield Flaw(
+            problem=f"importing it takes more than {_IMPORT_SECONDS:g} s, and every ourvidz command imports it",
+            cure="define hooks at import and do nothing else; what takes time belongs into prepare_job and generate",
+        )
+        return
     if done.returncode != 0:
         raise NotChecked(f"the import ended with {done.returncode}: {done.stderr.strip()[-200:]}")
     for library, place in json.loads(done.stdout.splitlines()[-1]).items():
