@@ -53,18 +53,18 @@ def _look_at_bucket(
     *,
     is_probed: bool,
 ) -> Iterator[Finding]:
-    try:
-        # A storage that a plugin provides may only store.
-        facts = storage.look_at(bucket) if isinstance(storage, InspectableStorage) else BucketFacts()
-    except StorageError as error:
-        yield _trouble(storage, error)
-        return
+    facts: BucketFacts | None = BucketFacts()
+    if isinstance(storage, InspectableStorage):  # one that a plugin provides may only store
+        try:
+            facts = storage.look_at(bucket)
+        except StorageError as error:
+            if error.is_transient or isinstance(storage, DirectoryStorage):
+                yield _trouble(storage, error, job_types)
+                return
+            facts = None
     if facts is None:
-        yield Finding.red(
-            f"storage has no bucket {bucket}, which {_named(job_types)} need",
-            cure=f"create the bucket {bucket} in the project's storage, or check that SUPABASE_URL names the project",
-            forbids_start=True,
-        )
+        # A key that may write to a bucket need not be one that may look at it, so only a write tells.
+        yield from _probe(storage, bucket, job_types)
         return
     for job_type in job_types:
         largest_mb = limits_mb.get(bucket, job_type.max_asset_mb)
@@ -79,25 +79,25 @@ def _look_at_bucket(
             yield Finding.red(
                 f"the bucket takes {', '.join(facts.media_types)} and {job_type.name} makes {job_type.media_type}",
                 cure=f"add {job_type.media_type} to the bucket's allowed MIME types",
-                forbids_start=True,
+                job_types=_names(job_types),
             )
             return
     if not is_probed:
         yield Finding.green(f"{bucket} is there")
         return
-    yield from _probe(storage, bucket, job_types[0].media_type)
+    yield from _probe(storage, bucket, job_types)
 
 
-def _probe(storage: Storage, bucket: str, media_type: str) -> Iterator[Finding]:
+def _probe(storage: Storage, bucket: str, job_types: Sequence[JobType]) -> Iterator[Finding]:
     is_removable = isinstance(storage, InspectableStorage)
     path = f"{PROBE_OWNER}/probe{f'-{uuid.uuid4().hex}' if is_removable else ''}"
     with tempfile.TemporaryDirectory(prefix="ourvidz-doctor-") as directory:
         file = Path(directory) / "probe"
         file.write_bytes(_PROBE)
         try:
-            storage.store(file, bucket=bucket, path=path, media_type=media_type)
+            storage.store(file, bucket=bucket, path=path, media_type=job_types[0].media_type)
         except StorageError as error:
-            yield _trouble(storage, error)
+            yield _trouble(storage, error, job_types)
             return
     if not isinstance(storage, InspectableStorage):
         yield Finding.green(f"a probe was written and read; this storage removes nothing, so {bucket}/{path} stays")
@@ -112,7 +112,7 @@ def _probe(storage: Storage, bucket: str, media_type: str) -> Iterator[Finding]:
     yield Finding.green(f"a probe was written to {bucket}, read and removed")
 
 
-def _trouble(storage: Storage, error: StorageError) -> Finding:
+def _trouble(storage: Storage, error: StorageError, job_types: Sequence[JobType]) -> Finding:
     if isinstance(error, DiskFull):
         return Finding.red(error.message, cure="free some space there, or let assets go elsewhere: OURVIDZ_STORAGE_DIR")
     if isinstance(storage, DirectoryStorage):
@@ -125,8 +125,9 @@ def _trouble(storage: Storage, error: StorageError) -> Finding:
         return Finding.red(error.message, cure="see that SUPABASE_URL is right, and reached from this machine")
     return Finding.red(
         error.message,
-        cure="put the project's address into SUPABASE_URL and its service key into SUPABASE_SERVICE_KEY",
-        forbids_start=True,
+        cure="create the bucket, or put the project's address into SUPABASE_URL and its service key into"
+        " SUPABASE_SERVICE_KEY",
+        job_types=_names(job_types),
     )
 
 
@@ -135,5 +136,5 @@ def _takes(allowed: Sequence[str], media_type: str) -> bool:
     return any(item in (media_type, f"{kind}/*", "*/*") for item in allowed)
 
 
-def _named(job_types: Sequence[JobType]) -> str:
-    return ", ".join(job_type.name for job_type in job_types)
+def _names(job_types: Sequence[JobType]) -> list[str]:
+    return [job_type.name for job_type in job_types]

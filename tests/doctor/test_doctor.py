@@ -230,7 +230,8 @@ def test_a_bucket_that_is_missing_or_takes_too_little_is_named(healthy, examined
         _, refused = examined("storage image_fast")
     assert code == 1
     assert worst(checks["storage video_high"])["level"] == "red"
-    assert "create the bucket video_high" in worst(checks["storage video_high"])["cure"]
+    assert "create the bucket" in worst(checks["storage video_high"])["cure"]
+    assert worst(checks["storage video_high"])["job_types"] == ["video_high"]
     assert (worst(checks["storage image_high"])["level"], checks["storage image_high"][1]["level"]) == (
         "yellow",
         "green",
@@ -239,6 +240,24 @@ def test_a_bucket_that_is_missing_or_takes_too_little_is_named(healthy, examined
     assert "image/png" in worst(checks["storage sdxl_image_high"])["cure"]
     assert worst(checks["storage video_fast"])["message"] == "a probe was written to video_fast, read and removed"
     assert "SUPABASE_SERVICE_KEY" in worst(refused["storage image_fast"])["cure"]
+
+
+def test_a_bucket_that_may_be_written_and_not_looked_at_is_fit(healthy, examined) -> None:
+    class Reticent(SupabaseServer):
+        def _manage(self, request):
+            is_look = request.method == "GET"
+            return (
+                Answer.of_json({"statusCode": "404", "error": "Bucket not found"}, 400)
+                if is_look
+                else super()._manage(request)
+            )
+
+    with Reticent() as supabase:
+        healthy.setenv("SUPABASE_URL", supabase.url)
+        healthy.setenv("SUPABASE_SERVICE_KEY", supabase.key)
+        _, checks = examined("storage video_fast")
+        assert supabase.objects == {}
+    assert worst(checks["storage video_fast"])["level"] == "green"
 
 
 @pytest.mark.parametrize(
