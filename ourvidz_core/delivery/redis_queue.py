@@ -109,7 +109,16 @@ class RedisQueue:
         return made
 
     def check(self) -> None:
-        """Make sure that the server can keep our promises.
+        """Make sure that the server can keep our promises, and warn of what it may do that loses jobs.
+
+        :raises QueueUnsupported: it lacks something without which nothing works.
+        """
+        self.probe()
+        for warning in self._shortcomings():
+            logger.warning("%s", warning)
+
+    def probe(self) -> None:
+        """Try on the server what nothing works without.
 
         What we use is tried rather than read from a version: managed servers speak Redis without being it.
 
@@ -135,8 +144,6 @@ class RedisQueue:
                 ) from None
         if not isinstance(answer, list) or answer[1] != json.dumps([probe], separators=(",", ":")).encode():
             raise QueueUnsupported(f"{self._said_version()} runs Lua scripts and answers {answer!r} to a simple one")
-        for warning in self._shortcomings():
-            logger.warning("%s", warning)
 
     def _shortcomings(self) -> Iterator[str]:
         """What a server may do that loses jobs. A managed one may not tell."""
