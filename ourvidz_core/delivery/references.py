@@ -50,6 +50,7 @@ MAX_REDIRECTS = 5
 MAX_URL_CHARACTERS = 8192
 _PIECE_BYTES = 64 * 1024
 _SHOWN_CHARACTERS = 120
+_LENGTH_DIGITS = 18
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 #: Other 4xx answers mean that the image is not to be had; these ask to come back.
 _BUSY = frozenset({408, 421, 425, 429})
@@ -202,19 +203,28 @@ def _follow(session: requests.Session, url: str, deadline: Deadline) -> requests
             _check_status(response, url)
             return response
         response.close()
-        url = urljoin(url, session.get_redirect_target(response) or "")
+        url = _redirected(url, session.get_redirect_target(response) or "")
     raise ReferenceUnavailable(
         f"the reference is redirected more than {MAX_REDIRECTS} times, the last time to {shown_url(url)}; "
         "send the URL where it really is"
     )
 
 
+def _redirected(url: str, target: str) -> str:
+    try:
+        return urljoin(url, target)
+    except ValueError:
+        raise ReferenceRefused(f"the reference {shown_url(url)} is redirected to what is no URL") from None
+
+
 def _get(session: requests.Session, url: str, deadline: Deadline) -> requests.Response:
     try:
         prepared = session.prepare_request(requests.Request("GET", url, headers=_HEADERS))
         return session.send(prepared, allow_redirects=False, stream=True, timeout=deadline.socket_timeout)
-    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, UnicodeError):
-        raise ReferenceRefused(f"the reference's URL {shown_url(url)} is malformed; check its spelling") from None
+    except ValueError:  # whoever parses it: requests, urllib3, the IDNA codec, or the library for a redirect's target
+        raise ReferenceRefused(
+            f"the reference's URL {shown_url(url)}, or what it redirects to, is malformed; check its spelling"
+        ) from None
     # The library's own messages hold the whole URL, so none of them is passed on.
     except (requests.RequestException, HTTPError, OSError) as error:
         raise _failure(error, url, deadline) from None
@@ -267,7 +277,8 @@ def _save(response: requests.Response, destination: Path, *, max_bytes: int, dea
         )
     too_large = ReferenceInvalid(f"the reference {shown} is larger than {max_bytes / 1e6:g} MB; send a smaller file")
     declared = response.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
+    # Python refuses to read a number of thousands of digits.
+    if declared.isdecimal() and (len(declared) > _LENGTH_DIGITS or int(declared) > max_bytes):
         raise too_large
     received = 0
     with destination.open("wb") as file:
@@ -280,7 +291,8 @@ def _save(response: requests.Response, destination: Path, *, max_bytes: int, dea
                 file.write(piece)
             deadline.check()
             file.flush()
-        except (requests.RequestException, HTTPError, OSError) as error:
+        # ValueError: chunks of a negative size.
+        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull("no room for a reference on this machine; free some disk space") from None
             raise _failure(error, response.url, deadline) from None

@@ -161,7 +161,7 @@ def everything_in(client: redis.Redis) -> str:
         b"zset": lambda key: client.zrange(key, 0, -1, withscores=True),
         b"stream": client.xrange,
     }
-    return "\n".join(f"{key!r} {read[client.type(key)](key)!r}" for key in client.keys())
+    return "\n".join(f"{key!r} {read[client.type(key)](key)!r}" for key in client.scan_iter())
 
 
 def files_below(*directories: Path) -> str:
