@@ -109,8 +109,8 @@ class Bench:
             time.sleep(0.01)
 
 
-def message(job_id: str) -> bytes:
-    return json.dumps({"id": job_id, "type": "acme", "prompt": "", "user_id": "u"}).encode()
+def message(job_id: str, prompt: str = "") -> bytes:
+    return json.dumps({"id": job_id, "type": "acme", "prompt": prompt, "user_id": "u"}).encode()
 
 
 @pytest.fixture
@@ -181,6 +181,19 @@ def test_a_job_that_lacks_memory_gets_one_more_try(bench_of: Callable[..., Bench
         2,
     )
     assert bench.engine.calls == 2
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["by default", "asked for"])
+def test_a_prompt_is_logged_only_where_it_is_asked_for(
+    bench_of: Callable[..., Bench], caplog: pytest.LogCaptureFixture, asked: bool
+) -> None:
+    caplog.set_level("DEBUG")
+    bench = bench_of(JobCancelled("by the plugin"), until=Until.DRAINED, log_prompts=asked)
+    bench.queue.push(QUEUE, message("a", prompt="a red fox"))
+    bench.thread.start()
+    bench.thread.join(10)
+    assert ("job a (acme) asks for: a red fox" in caplog.text) == asked
+    assert ("fox" in caplog.text) == asked
 
 
 def test_attempts_reasons_and_the_token_are_reported(bench_of: Callable[..., Bench]) -> None:

@@ -38,6 +38,7 @@ class Publisher:
         self._closed = threading.Event()
         self._records: deque[FinishedJob] = deque(maxlen=_WAITING_RECORDS)
         self._is_away = False
+        self._wait_seconds = heartbeat_seconds
         self._thread = threading.Thread(target=self._publish, name="board", daemon=True)
 
     def start(self) -> None:
@@ -62,14 +63,17 @@ class Publisher:
     def _publish(self) -> None:
         while not self._closed.is_set():
             self._changed.clear()
-            status = self._status()
-            self._say(lambda status=status: self._board.publish(status))  # type: ignore[misc]
+            self._say(self._tell_status)
             self._tell_finished()
             if not self._closed.wait(self._interval_seconds):
-                due = min(WORKING_SECONDS, self._heartbeat_seconds) if status.jobs else self._heartbeat_seconds
-                self._changed.wait(max(due - self._interval_seconds, 0.0))
+                self._changed.wait(max(self._wait_seconds - self._interval_seconds, 0.0))
         self._tell_finished()
         self._say(lambda: self._board.withdraw(self._status().name))
+
+    def _tell_status(self) -> None:
+        status = self._status()
+        self._wait_seconds = min(WORKING_SECONDS, self._heartbeat_seconds) if status.jobs else self._heartbeat_seconds
+        self._board.publish(status)
 
     def _tell_finished(self) -> None:
         while self._records:

@@ -211,6 +211,8 @@ class Worker:
 
     def _report_begun(self, active: ActiveJob, job: Job) -> None:
         active.job_type = job.job_type
+        if self._settings.log_prompts:
+            logger.info("job %s (%s) asks for: %s", job.id, job.job_type, job.prompt)
         self._processing.send(active, job)
 
     def _work_on(self, active: ActiveJob) -> None:

@@ -118,6 +118,21 @@ def test_a_board_that_is_away_holds_nobody_up_and_is_told_later(
     assert caplog.text.count("the board is not up to date") == 1
 
 
+def test_a_status_that_cannot_be_had_now_is_said_later(board: WatchedBoard, publisher_of: Callable) -> None:
+    asked: list[int] = []
+
+    def status() -> WorkerStatus:
+        asked.append(1)
+        if len(asked) == 1:
+            raise RuntimeError("the driver has hung up")
+        return STATUS
+
+    publisher = publisher_of(status)
+    wait_for(lambda: asked)
+    publisher.note_change()
+    wait_for(board.workers)
+
+
 # -- what the events say
 
 
