@@ -64,6 +64,12 @@ def build_command(job, context):
 def generate(job, command, context):
     return Generation(artifacts=context.run(command))
 """
+WITH_STYLE = (
+    BY_COMMAND.replace("import sys", "import sys\nfrom attrs import frozen", 1)
+    .replace("@hookimpl", "@frozen(kw_only=True)\nclass Config:\n    style: str | None = None\n\n@hookimpl", 1)
+    .replace('content_type="image"', 'content_type="image", preset=Config()')
+    .replace(", output), outputs", ', output, f"--style={job.config.style}"), outputs')
+)
 EXTENSION = """
 from ourvidz_core import JobFailed, hookimpl
 
@@ -179,6 +185,23 @@ BROKEN = {
         "safe-argv",
         "read as an option: '--conformance-probe;'",
         "f'--prompt={job.prompt}'",
+    ),
+    "a text of the config stands alone": Broken(
+        WITH_STYLE,
+        'f"--style={job.config.style}"',
+        '"--style", job.config.style or "plain"',
+        "safe-argv",
+        "config.style stands alone on the command line",
+        "f'--style={job.config.style}'",
+    ),
+    "a message chooses the program": Broken(
+        BY_COMMAND,
+        'argv=(sys.executable, "-c", PROGRAM, f"--prompt={job.prompt}", output)',
+        "argv=(f'/opt/{job.negative_prompt or 1}/run', output)",
+        "safe-argv",
+        "negative_prompt chooses the program that is run",
+        "never by a message",
+        also={"run"},
     ),
     "its file is not what it says": Broken(
         IN_ENGINE,
@@ -298,7 +321,7 @@ def test_what_is_wrong_is_found_with_what_to_change(name: str, check: Callable[.
     assert broken.cure in cure
 
 
-@pytest.mark.parametrize("source", [IN_ENGINE, BY_COMMAND, EXTENSION], ids=["in the engine", "by command", "extension"])
+@pytest.mark.parametrize("source", [IN_ENGINE, WITH_STYLE, EXTENSION], ids=["in the engine", "by command", "extension"])
 def test_what_is_right_passes(source: str, check: Callable[..., dict[str, CheckResult]]) -> None:
     results = check(source)
     assert failed(results) == {}
@@ -313,6 +336,13 @@ def test_a_job_type_of_another_plugin_is_named_with_its_owner(check: Callable[..
     assert set(said) == {"names"}
     assert "acme-other 1.0 registers 'broken' too" in said["names"]
     assert "acme-stranger" not in said["names"]
+
+
+def test_messages_of_types_that_nobody_owns_are_known(install: Callable[..., None], tmp_path: Path) -> None:
+    install("acme-right", IN_ENGINE)
+    plugin = next(plugin for plugin in installed_plugins() if plugin.distribution == "acme-right")
+    messages = [{"type": "broken"}, {"type": "brocken"}, {"prompt": "of no type"}]
+    assert Subject(plugin, root=tmp_path, messages=messages).foreign_types == [None, "brocken"]
 
 
 def test_a_second_entry_point_is_told_of(site: Path, check: Callable[..., dict[str, CheckResult]]) -> None:

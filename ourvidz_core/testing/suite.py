@@ -51,13 +51,20 @@ class ConformanceSuite:
         if plugin is None:
             pytest.fail(f"{cls.distribution} is not installed; pip install --editable . first", pytrace=False)
         with environment(environ):
-            yield Subject(
+            subject = Subject(
                 plugin,
                 root=tmp_path_factory.mktemp("conformance"),
                 others=[other for other in installed.values() if other is not plugin],
                 messages=cls.samples,
                 patience_seconds=cls.patience_seconds,
             )
+            if foreign := subject.foreign_types:
+                pytest.fail(
+                    f"{cls.__name__}.samples hold messages of {foreign}; {cls.distribution} owns"
+                    f" {list(subject.record.job_types)}",
+                    pytrace=False,
+                )
+            yield subject
 
     def test_it_loads(self, subject: Subject) -> None:
         """It is imported, its hooks are known and its job types are right."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import attrs
 
@@ -19,6 +20,7 @@ from ourvidz_core.wire.job_types import JobType
 UNKNOWN_KEY = "conformance_unknown"
 #: An option to a program, and more than one word and a command to a shell.
 HOSTILE_TEXT = "--conformance-probe; touch conformance-probe $(id) `id` 'x' \"y\""
+_PROBE = "conformance-probe"
 _HOSTILE_OPTION = HOSTILE_TEXT.partition(";")[0]
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish", "cmd", "cmd.exe", "powershell", "pwsh"})
 _WRONG_VALUE = {"wrong": ["value"]}
@@ -127,7 +129,13 @@ def _faults_of(command: Command, name: str, job_type: JobType) -> Iterator[Flaw]
     argument_of_its_own = f"f'--{name.rpartition('.')[2]}={{job.{name}}}'"
     for position, argument in enumerate(command.argv):
         before = command.argv[:position]
-        if _is_program_text(command.argv, position):
+        if position == 0 and _PROBE in argument:
+            yield Flaw(
+                job_type=job_type.name,
+                problem=f"{name} chooses the program that is run: {argument!r}",
+                cure="name the program in the plugin or in its settings, never by a message",
+            )
+        elif _is_program_text(command.argv, position):
             if _is_shell(command.argv[position - 2]) or HOSTILE_TEXT in argument:
                 yield Flaw(
                     job_type=job_type.name,
@@ -164,8 +172,16 @@ def _hostile_messages(job_type: JobType, message: Mapping[str, Any]) -> Iterator
 def _scalar_fields(job_type: JobType) -> dict[str, type]:
     """The fields of the preset's class whose type a wrong value can be told from."""
     hints = get_type_hints(type(job_type.preset))
-    return {
-        field.name: hints[field.name]
-        for field in attrs.fields(type(job_type.preset))
-        if isinstance(hints.get(field.name), type) and issubclass(hints[field.name], _SCALARS)
-    }
+    kinds = {field.name: _scalar_of(hints.get(field.name)) for field in attrs.fields(type(job_type.preset))}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def _scalar_of(hint: Any) -> type | None:
+    """The scalar that a hint names, alone or beside None."""
+    candidates = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else [hint]
+    scalars = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, _SCALARS)]
+    return scalars[0] if len(scalars) == len(candidates) == 1 else None
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)

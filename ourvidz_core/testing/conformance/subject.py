@@ -108,9 +108,15 @@ class Subject:
         """Every sample message with its job type."""
         samples = []
         for job_type in self._registry.job_types:
-            given = [message for message in self._messages if message["type"] == job_type.name]
+            given = [message for message in self._messages if message.get("type") == job_type.name]
             samples += [(job_type, _whole(job_type, message)) for message in given or [job_type.sample]]
         return samples
+
+    @property
+    def foreign_types(self) -> list[Any]:
+        """The types of messages that were given and that the plugin does not own."""
+        known = {job_type.name for job_type in self._registry.job_types}
+        return sorted({message.get("type") for message in self._messages} - known, key=str)
 
     @property
     def first_samples(self) -> list[tuple[JobType, dict[str, Any]]]:
