@@ -43,6 +43,7 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python -m benchmarks.up_soak
 
 clean:
 	rm -rf $(VENV) $(DEMO) site dist

@@ -7,12 +7,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import click
 
 from ourvidz_core.cli.common import open_registry, open_settings
 from ourvidz_core.errors import SettingsError
+from ourvidz_core.settings import Settings
+from ourvidz_core.wire.findings import Level
+
+if TYPE_CHECKING:
+    from ourvidz_core.doctor.fitness import Fitness
+    from ourvidz_core.plugins.registry import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +51,8 @@ def worker(  # noqa: PLR0917 - click names them all
     jobs of such a type in a mixed queue are left to other workers. ourvidz doctor says more.
     With --once and --drain they fail instead, and say why.
     """
-    from ourvidz_core.cli.doctor import start_checks
     from ourvidz_core.cli.wiring import make_queue, make_worker
-    from ourvidz_core.doctor.examine import examine
-    from ourvidz_core.doctor.fitness import Fitness, judge, refuse_start
+    from ourvidz_core.doctor.fitness import Fitness
     from ourvidz_core.orchestrator.link import WorkerEnd
     from ourvidz_core.worker.worker import Until
 
@@ -80,12 +85,7 @@ def worker(  # noqa: PLR0917 - click names them all
     try:
         fitness = Fitness(queues=chosen)
         if not no_checks:
-            examined = examine(start_checks(settings, registry, chosen))
-            refuse_start(examined)
-            if until is Until.STOPPED:
-                fitness = judge(examined, chosen, registry.job_types)
-        for what, reason in fitness.left_out.items():
-            logger.error("%s is left to other workers: %s", what, reason)
+            fitness = _look_before_start(settings, registry, chosen, leaves_some=until is Until.STOPPED)
         with make_worker(settings, registry, queue, fitness.queues, impossible=fitness.impossible) as running:
             stops.append(running.stop)
             if asked.is_set():
@@ -95,6 +95,24 @@ def worker(  # noqa: PLR0917 - click names them all
             running.run(until)
     finally:
         queue.close()
+
+
+def _look_before_start(settings: Settings, registry: Registry, queues: Sequence[str], *, leaves_some: bool) -> Fitness:
+    """What of ``queues`` can be served. Without ``leaves_some`` nothing is left to others, and fails here."""
+    from ourvidz_core.cli.doctor import start_checks
+    from ourvidz_core.doctor.examine import examine
+    from ourvidz_core.doctor.fitness import Fitness, judge, refuse_start
+
+    examined = examine(start_checks(settings, registry, queues))
+    refuse_start(examined)
+    for one in examined:
+        for finding in one.findings if one.name != "redis" else ():  # of that the connection has warned
+            if finding.level is Level.YELLOW:
+                logger.warning("%s: %s (cure: %s)", one.name, finding.message, finding.cure)
+    fitness = judge(examined, queues, registry.job_types) if leaves_some else Fitness(queues=tuple(queues))
+    for what, reason in fitness.left_out.items():
+        logger.error("%s is left to other workers: %s", what, reason)
+    return fitness
 
 
 def _end_alone(stops: Sequence[Callable[[], None]]) -> None:

@@ -73,7 +73,7 @@ class _Server:
 
     def findings(self) -> Iterator[Finding]:
         try:
-            RedisQueue(self.client).check()
+            RedisQueue(self.client).probe()
         except QueueUnsupported as error:
             yield Finding.red(
                 str(error),
