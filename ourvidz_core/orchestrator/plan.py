@@ -147,6 +147,9 @@ def share_memory(
     :raises SettingsError: they need more than is free. Not where ``is_checked`` is false.
     """
     if device == "cpu" or not report.gpus:
+        if is_checked and (wanting := [worker.name for worker in planned if worker.gpus]):
+            reason = "OURVIDZ_DEVICE is cpu" if device == "cpu" else report.trouble
+            raise SettingsError(f"{', '.join(wanting)} shall have a GPU, and there is none here: {reason}")
         return list(planned)
     free_gb = {str(gpu.index): gpu.free_gb for gpu in report.gpus}
     shared = dict[str, PlannedWorker]()

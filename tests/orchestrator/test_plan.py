@@ -156,6 +156,10 @@ def test_workers_that_do_not_fit_are_refused_with_the_figures_and_the_cure() -> 
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(SettingsError, match="worker-gpu0 shall have a GPU, and there is none here: torch finds none"):
+        share_memory(
+            planned(gpus=(0,)), GpuReport(trouble="torch finds none"), JOB_TYPES, device="auto", is_checked=True
+        )
     with pytest.raises(SettingsError, match="no GPU 3 here; there are 0, 1"):
         share_memory(planned(gpus=(0, 3)), report(40.0, 40.0), JOB_TYPES, device="auto", is_checked=True)
 
