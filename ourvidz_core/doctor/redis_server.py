@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -143,9 +142,10 @@ class _Server:
             started = time.perf_counter()
             self.client.ping()
             times.append(time.perf_counter() - started)
-        middle = statistics.median(times)
-        said = f"a round trip takes {middle * 1000:.1f} ms"
-        if middle > SLOW_SECONDS:
+        # A busy machine adds to most of them; the way to the server is in all.
+        shortest = min(times)
+        said = f"a round trip takes {shortest * 1000:.1f} ms"
+        if shortest > SLOW_SECONDS:
             return Finding.yellow(said, cure="run the workers in the region of the Redis, or name a nearer one")
         return Finding.green(said)
 
