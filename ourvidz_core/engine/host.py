@@ -189,6 +189,8 @@ class EngineProcess:
     ) -> FinishedGeneration:
         """Generate ``job``; see :meth:`Engine.run`. Starts the engine where none runs."""
         self.start(cancelled)
+        assert self._log is not None
+        self._log.expect(job)
         answer: JobFinished | JobBroken | None = None
         try:
             request = RunJob(job=job, work_dir=work_dir, timeout_seconds=timeout_seconds)
@@ -302,8 +304,14 @@ class _EngineLog:
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._job: dict[str, str] = {}
+        self._next_job: dict[str, str] = {}
         self._thread = threading.Thread(target=self._drain, name="engine-log", daemon=True)
         self._thread.start()
+
+    def expect(self, job: Job) -> None:
+        """What follows the next mark is of ``job``."""
+        self._next_job = {"job_id": job.id, "job_type": job.job_type}
 
     def end(self) -> str:
         """The line that says most about the end: a fatal error, an exception's message, else the last one."""
@@ -321,6 +329,7 @@ class _EngineLog:
                 text = line.decode("utf-8", "replace").rstrip()
                 if text == JOB_MARK:
                     self._lines.clear()  # what earlier jobs logged does not explain what becomes of this one
+                    self._job = self._next_job
                     continue
                 self._lines.append(text)
-                logger.debug("engine: %s", text)
+                logger.debug("engine: %s", text, extra=self._job)

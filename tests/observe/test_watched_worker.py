@@ -151,6 +151,12 @@ def test_every_line_of_the_log_is_an_object_and_those_of_jobs_name_them(story: S
         assert {(name, job_id, "toy_image") for name in names} <= told
 
 
+def test_what_a_plugin_prints_is_in_the_log_with_the_job_that_it_worked_on(story: Story) -> None:
+    lines = [json.loads(line) for line in story.log.splitlines()]
+    printed = [line["job_id"] for line in lines if line["message"].endswith("a plugin prints to standard output")]
+    assert printed == ["good", "bad"]
+
+
 def test_nothing_that_can_be_read_holds_a_secret_or_a_prompt(story: Story) -> None:
     for seen in (story.log, str(story.pages), str(story.recent), str(story.during), str(story.records)):
         assert "CANARY" not in seen
