@@ -8,10 +8,14 @@ MODELS := $(DEMO)/models
 SOURCES := conftest.py pytest_ourvidz.py ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs deploy
 # Anew each time, for pages that did not change are not warned about again, and pages that went would stay.
 SITE = rm -rf site && $(BIN)/python -m sphinx --quiet --fail-on-warning docs site && $(BIN)/python docs/check_site.py site
+# Weights and vocabularies hold no secrets and take long to read; a made-up secret says that it is one.
+SECRETS = git ls-files -z | xargs -0 -r -P 2 -n 250 $(BIN)/detect-secrets-hook --no-verify \
+	--exclude-files '^examples/models/demo_models/|\.(png|svg|jpg|mp4)$$' \
+	--exclude-secrets '(?i)canary|secret|passw|p%40ss|s3cret|hunter2|whsec_(abc%)?$$|SERVICE_KEY$$|^OURVIDZ_|^[a-z]{1,5}$$'
 # One thread for each process of torch: the suite runs as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format docs dist benchmarks clean
+.PHONY: demo test check audit format docs dist benchmarks clean
 
 demo: $(VENV)/installed $(MODELS)/made
 	OURVIDZ_SDXL_MODEL=demo OURVIDZ_ENHANCER_MODEL=demo OURVIDZ_WAN_CKPT_DIR=$(CURDIR)/$(MODELS)/wan \
@@ -27,8 +31,15 @@ check: $(VENV)/installed
 	$(BIN)/mypy ourvidz_core pytest_ourvidz.py
 	$(BIN)/mypy $(PLUGINS:%=-p ourvidz_%)
 	$(BIN)/lint-imports
+	$(SECRETS)
 	$(BIN)/python docs/generate.py --check
 	$(SITE)
+
+# Asks the advisories of pypi.org, so it needs the internet; a package that they do not know is a failure, too.
+audit: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group audit
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > $(VENV)/installed.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/installed.txt
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
