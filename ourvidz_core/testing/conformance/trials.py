@@ -45,6 +45,7 @@ class TrialContext(EngineContext):
     def __init__(self, *, models: ModelCache, without_memory_at: str | None = None, **parts: Any) -> None:
         super().__init__(models=_WatchedModels(models, self._use), **parts)
         self._without_memory_at = without_memory_at
+        self._is_command_running = False
         #: ``models``, ``progress`` and ``run``, as far as they were used.
         self.used: set[str] = set()
         #: Whether the plugin met what goes wrong.
@@ -52,7 +53,8 @@ class TrialContext(EngineContext):
 
     def progress(self, step: int, total: int, *, stage: str = "generate") -> None:
         """Report a step."""
-        self._use("progress")
+        if not self._is_command_running:  # the command's steps are reported by the context itself
+            self._use("progress")
         with self._noting_the_end():
             super().progress(step, total, stage=stage)
 
@@ -62,8 +64,12 @@ class TrialContext(EngineContext):
             self._use("run")
         except OutOfMemoryError as error:
             raise OutOfMemory(f"{command.argv[0]} had too little device memory for this job: {error}") from error
-        with self._noting_the_end():
-            return super().run(command)
+        self._is_command_running = True
+        try:
+            with self._noting_the_end():
+                return super().run(command)
+        finally:
+            self._is_command_running = False
 
     def _use(self, part: str) -> None:
         self.used.add(part)

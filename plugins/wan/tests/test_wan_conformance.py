@@ -26,3 +26,11 @@ class TestConformanceWithModels(ConformanceSuite):
     @classmethod
     def environ(cls, model_dir: Path) -> Mapping[str, str]:
         return {"OURVIDZ_WAN_CKPT_DIR": str(model_dir)}
+
+
+@pytest.mark.slow
+class TestConformanceAsSubprocess(TestConformanceWithModels):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def environ(cls, model_dir: Path) -> Mapping[str, str]:
+        return {"OURVIDZ_WAN_CKPT_DIR": str(model_dir), "OURVIDZ_WAN_RUN_AS": "subprocess"}
