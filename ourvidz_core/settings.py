@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import tempfile
+import threading
 import tomllib
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
@@ -43,6 +44,8 @@ SETTINGS_FILE = "OURVIDZ_SETTINGS"
 STORAGE_SECTION = "storage"
 #: Tables of the file that are no settings of one process: each describes a worker of ``ourvidz up``.
 WORKER_TABLES = "workers"
+#: typed-settings parses the source of a class, and two threads that parse at once can fail: python/cpython#106905.
+_loading = threading.Lock()
 #: Names without our prefix that deployments already use; ours win.
 WELL_KNOWN_NAMES = {
     "redis_url": "REDIS_URL",
@@ -446,7 +449,8 @@ def _load_class(cls: type[Section], section: str, environ: Mapping[str, str]) ->
     variables |= {n: environ[variable_of(n, section)] for n in names if environ.get(variable_of(n, section))}
     loaders.append(DictLoader(_split(cls, variables, section)))
     try:
-        loaded = _load(cls, loaders, converter=default_converter(resolve_paths=False))
+        with _loading:
+            loaded = _load(cls, loaders, converter=default_converter(resolve_paths=False))
     except (TsError, ValueError, TypeError, AttributeError) as error:  # the last: a table that is no table
         raise SettingsError(_explain(error, names, section)) from error
     redact.add_secrets(str(value) for name in names if isinstance(value := getattr(loaded, name), SecretStr))
