@@ -62,7 +62,7 @@ def set_up(
     # Its retries are ours to report, with the job's id.
     logging.getLogger("stamina").setLevel(logging.ERROR)
     logging.getLogger("urllib3").setLevel(logging.WARNING)
-    logging.getLogger("opentelemetry").setLevel(logging.WARNING)
+    logging.getLogger("opentelemetry").setLevel(logging.ERROR)
 
 
 class _CarefulFilter(logging.Filter):

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from ourvidz_core.delivery.board import WorkerStatus
 from ourvidz_core.delivery.queue import Queue, QueueDepth
-from ourvidz_core.errors import PayloadError, QueueError
+from ourvidz_core.errors import PayloadError
 from ourvidz_core.observe import catalog
 from ourvidz_core.observe.catalog import Spec
 from ourvidz_core.wire.payloads import decode_message
@@ -101,7 +101,6 @@ class QueueCollector:
         self._cache_seconds = cache_seconds
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="queue-metrics")
         self._asked: Future[dict[str, QueueFacts]] | None = None
         self._last = _Reading(at=float("-inf"))
 
@@ -118,27 +117,28 @@ class QueueCollector:
         """Nothing: Redis need not be asked when it is registered."""
         return []
 
-    def close(self) -> None:
-        """Ask no more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
     def _read(self) -> _Reading:
         # A question that hangs is waited for again by the next scrape; there is never a second one beside it.
         if self._asked is None:
-            self._asked = self._pool.submit(self._ask)
+            self._asked = Future()
+            # A daemon: the end of the process must not wait for an answer that nobody wants any more.
+            threading.Thread(target=self._ask, args=[self._asked], name="queue-metrics", daemon=True).start()
         try:
             by_queue = self._asked.result(timeout=self._timeout_seconds)
         except TimeoutError:
             return _Reading(at=time.monotonic(), by_queue=self._last.by_queue)
-        except (QueueError, RuntimeError) as error:
+        except Exception as error:  # the page has other things to say
             logger.debug("no metrics of the queues: %s", error)
             self._asked = None
             return _Reading(at=time.monotonic(), by_queue=self._last.by_queue)
         self._asked = None
         return _Reading(at=time.monotonic(), by_queue=by_queue, is_up=True)
 
-    def _ask(self) -> dict[str, QueueFacts]:
-        return {name: facts_of(self._queue, name) for name in self._names}
+    def _ask(self, asked: Future[dict[str, QueueFacts]]) -> None:
+        try:
+            asked.set_result({name: facts_of(self._queue, name) for name in self._names})
+        except Exception as error:
+            asked.set_exception(error)
 
 
 def facts_of(queue: Queue, name: str) -> QueueFacts:

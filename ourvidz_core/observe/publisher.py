@@ -17,6 +17,8 @@ INTERVAL_SECONDS = 1.0
 WORKING_SECONDS = 2.0
 #: Ended jobs that wait while the board is away; of more, the oldest are not told.
 _WAITING_RECORDS = 200
+#: The end of a worker waits no longer for a board that does not answer.
+_END_SECONDS = 4.0
 
 
 class Publisher:
@@ -58,7 +60,7 @@ class Publisher:
         self._closed.set()
         self._changed.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=10.0)
+            self._thread.join(timeout=_END_SECONDS)
 
     def _publish(self) -> None:
         while not self._closed.is_set():

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 #: Jobs whose callbacks are still to come.
 _REMEMBERED = 10_000
+#: Of one batch, all tries included; what fails then is dropped.
+_EXPORT_SECONDS = 5.0
+_END_SECONDS = 2.0
 
 
 @define
@@ -57,8 +60,10 @@ class Traces:
         self._parents: OrderedDict[str, str] = OrderedDict()
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left, as far as the collector takes it at once: nobody waits for traces."""
+        ending = threading.Thread(target=self._provider.shutdown, name="traces-end", daemon=True)
+        ending.start()
+        ending.join(_END_SECONDS)
 
     def __call__(self, *, event: events.Event) -> None:
         """Hear of one event."""
@@ -196,7 +201,9 @@ def open_traces(endpoint: str, headers: Mapping[str, str], worker: str) -> Trace
 
     resource = Resource.create({SERVICE_NAME: "ourvidz-worker", SERVICE_INSTANCE_ID: worker})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", headers=dict(headers))
+    exporter = OTLPSpanExporter(
+        endpoint=f"{endpoint.rstrip('/')}/v1/traces", headers=dict(headers), timeout=_EXPORT_SECONDS
+    )
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return Traces(provider, worker)
 

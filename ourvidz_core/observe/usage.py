@@ -63,7 +63,7 @@ class HttpUsage:
         except queue.Full:
             self.dropped += 1
 
-    def close(self, timeout: float = 5.0) -> None:
+    def close(self, timeout: float = 3.0) -> None:
         """Send what waits, for as long as the time allows."""
         try:
             self._waiting.put_nowait(None)

@@ -128,8 +128,7 @@ def _open_server(
         return Answer(body=body, media_type=media_type)
 
     metrics = Metrics(job_type.name for job_type in registry.job_types)
-    queues = stack.enter_context(contextlib.closing(QueueCollector(subject.queue, subject.queues)))
-    metrics.add(queues)
+    metrics.add(QueueCollector(subject.queue, subject.queues))
     metrics.add(
         StateCollector(
             status,

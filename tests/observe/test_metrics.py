@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -143,17 +143,7 @@ def queue() -> MemoryQueue:
     return MemoryQueue()
 
 
-@pytest.fixture
-def collectors() -> Iterator[list[QueueCollector]]:
-    made: list[QueueCollector] = []
-    yield made
-    for collector in made:
-        collector.close()
-
-
-def test_the_page_says_what_the_queues_hold_and_how_old_it_is(
-    queue: MemoryQueue, collectors: list[QueueCollector]
-) -> None:
+def test_the_page_says_what_the_queues_hold_and_how_old_it_is(queue: MemoryQueue) -> None:
     long_ago = (datetime.now(UTC) - timedelta(seconds=100)).isoformat()
     for job_id in ("taken", "dead", "old", "new"):
         queue.push(QUEUE, json.dumps({"id": job_id, "created_at": long_ago}).encode())
@@ -162,9 +152,9 @@ def test_the_page_says_what_the_queues_hold_and_how_old_it_is(
     letter = DeadLetter(raw=dead.raw, job_id="dead", error_type="E", reason="", buried_at="", worker="w")
     row = QueuedCallback(queue=QUEUE, callback_id="c", job_id="dead", body=b"{}", first_tried_at=time.time() - 50)
     queue.finish(dead, is_final=True, callback=row, dead_letter=letter)
-    collectors.append(QueueCollector(queue, [QUEUE, "empty_queue"]))
+    collector = QueueCollector(queue, [QUEUE, "empty_queue"])
     metrics = Metrics([])
-    metrics.add(collectors[0])
+    metrics.add(collector)
     seen = samples(metrics)
     states = ("waiting", "in_flight", "retrying", "dead")
     assert [seen["ourvidz_queue_jobs", QUEUE, state] for state in states] == [2, 1, 0, 1]
@@ -176,15 +166,15 @@ def test_the_page_says_what_the_queues_hold_and_how_old_it_is(
     assert seen["ourvidz_queue_up",] == 1
 
 
-def test_the_lease_of_a_silent_worker_is_seen_to_be_overdue(collectors: list[QueueCollector]) -> None:
+def test_the_lease_of_a_silent_worker_is_seen_to_be_overdue() -> None:
     now = [1000.0]
     queue = MemoryQueue(clock=lambda: now[0])
     queue.push(QUEUE, b'{"id": "a"}')
     queue.claim((QUEUE,), worker="w", lease=60)
     now[0] += 200
-    collectors.append(QueueCollector(queue, [QUEUE]))
+    collector = QueueCollector(queue, [QUEUE])
     metrics = Metrics([])
-    metrics.add(collectors[0])
+    metrics.add(collector)
     seen = samples(metrics)
     assert seen["ourvidz_lease_overdue_seconds", QUEUE] == pytest.approx(140)
     assert seen["ourvidz_lease_oldest_seconds", QUEUE] == pytest.approx(200)
@@ -212,39 +202,39 @@ def scrape(collector: QueueCollector, names: Sequence[str] = ("ourvidz_queue_up"
     return [metric.samples[0].value for metric in collector.collect() if metric.name in names and metric.samples]
 
 
-def test_many_scrapes_ask_redis_once(collectors: list[QueueCollector]) -> None:
+def test_many_scrapes_ask_redis_once() -> None:
     queue = MoodyQueue()
-    collectors.append(QueueCollector(queue, [QUEUE]))
+    collector = QueueCollector(queue, [QUEUE])
     for _ in range(20):
-        assert scrape(collectors[0]) == [1, 0]
+        assert scrape(collector) == [1, 0]
     assert queue.asked == 1
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["refuses", "hangs"])
-def test_a_scrape_answers_in_time_although_redis_does_not(collectors: list[QueueCollector], hangs: bool) -> None:
+def test_a_scrape_answers_in_time_although_redis_does_not(hangs: bool) -> None:
     queue = MoodyQueue()
     queue.push(QUEUE, b'{"id": "a"}')
-    collectors.append(QueueCollector(queue, [QUEUE], cache_seconds=0.0, timeout_seconds=0.05))
-    assert scrape(collectors[0]) == [1, 1]
+    collector = QueueCollector(queue, [QUEUE], cache_seconds=0.0, timeout_seconds=0.05)
+    assert scrape(collector) == [1, 1]
     queue.is_away = not hangs
     if hangs:
         queue.free.clear()
     started = time.monotonic()
-    assert [scrape(collectors[0]) for _ in range(4)] == [[0, 1]] * 4
+    assert [scrape(collector) for _ in range(4)] == [[0, 1]] * 4
     assert time.monotonic() - started < 2.0
     if hangs:
         assert queue.asked == 2, "a question was put beside one that hangs"
     queue.is_away = False
     queue.free.set()
     deadline = time.monotonic() + 5
-    while scrape(collectors[0])[0] != 1:
+    while scrape(collector)[0] != 1:
         assert time.monotonic() < deadline
 
 
-def test_every_metric_of_the_catalog_is_served_and_nothing_else(collectors: list[QueueCollector]) -> None:
+def test_every_metric_of_the_catalog_is_served_and_nothing_else() -> None:
     metrics = Metrics(["acme"])
-    collectors.append(QueueCollector(MemoryQueue(), [QUEUE]))
-    metrics.add(collectors[0])
+    collector = QueueCollector(MemoryQueue(), [QUEUE])
+    metrics.add(collector)
     with_states(metrics, status(device=DeviceMemory(used_gb=1.0, total_gb=2.0)))
     kinds = {family.name: family.type for family in text_string_to_metric_families(metrics.page("")[0].decode())}
     del kinds["ourvidz_worker_info"]  # the version

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +86,15 @@ def test_traces_go_to_the_collector_that_is_set_with_its_headers(watch: Callable
     assert (request.method, request.path) == ("POST", "/v1/traces")
     assert (request.headers["x-key"], request.headers["x-team"]) == ("abc", "media")
     assert b"job acme" in request.body
+
+
+def test_a_collector_that_hangs_or_is_down_keeps_no_worker_from_ending(watch: Callable[..., MemoryBoard]) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        for port in (deaf.getsockname()[1], 9):
+            started = time.monotonic()
+            assert watch(OURVIDZ_OTLP_ENDPOINT=f"http://127.0.0.1:{port}").recent()
+            assert time.monotonic() - started < 8.0
 
 
 def test_without_a_collector_opentelemetry_is_not_even_imported(
