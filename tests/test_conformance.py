@@ -347,6 +347,15 @@ def test_messages_of_types_that_nobody_owns_are_known(install: Callable[..., Non
     assert Subject(plugin, root=tmp_path, messages=messages).foreign_types == [None, "brocken"]
 
 
+def test_each_message_of_a_type_is_generated(install: Callable[..., None], tmp_path: Path) -> None:
+    install("acme-right", IN_ENGINE)
+    plugin = next(plugin for plugin in installed_plugins() if plugin.distribution == "acme-right")
+    messages = [{"type": "broken", "config": {"size": size}} for size in (16, -1, 0)]
+    flaws = run_one(Subject(plugin, root=tmp_path, messages=messages), "run").flaws
+    assert len(flaws) == 2
+    assert "ValueError" in flaws[0].problem
+
+
 def test_a_second_entry_point_is_told_of(site: Path, check: Callable[..., dict[str, CheckResult]]) -> None:
     check(IN_ENGINE, skip=tuple(CHECKS))
     entry_points = site / "acme_broken-1.0.dist-info" / "entry_points.txt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -93,16 +94,6 @@ class Subject:
         """What became of the plugin when it was loaded."""
         return next(record for record in self._registry.records if record.distribution == self.distribution)
 
-    @cached_property
-    def module(self) -> object:
-        """The loaded plugin."""
-        return self._registry.manager.get_plugin(self.distribution)
-
-    @property
-    def is_extension(self) -> bool:
-        """Whether it owns no job types."""
-        return not self.record.job_types
-
     @property
     def samples(self) -> list[tuple[JobType, dict[str, Any]]]:
         """Every sample message with its job type."""
@@ -166,9 +157,10 @@ class Subject:
 
     def finish(self, message: Mapping[str, Any]) -> Trial:
         """The message's walk with nothing in its way; taken once."""
-        if message["id"] not in self._finished:
-            self._finished[message["id"]] = self.try_out(message)
-        return self._finished[message["id"]]
+        key = json.dumps(message, sort_keys=True)
+        if key not in self._finished:
+            self._finished[key] = self.try_out(message)
+        return self._finished[key]
 
     def scratch(self) -> Path:
         """A new directory that nobody else uses."""
