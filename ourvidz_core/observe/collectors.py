@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from attrs import field, frozen
-from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ourvidz_core.delivery.board import WorkerStatus
 from ourvidz_core.delivery.queue import Queue, QueueDepth
