@@ -40,9 +40,9 @@ class _JobTrace:
     """The open spans of one attempt."""
 
     root: Span
-    #: Where the next stage begins, in nanoseconds since the epoch.
-    reached: int
     generate: Span | None = None
+    #: Nanoseconds since the epoch.
+    generate_started: int = 0
     engine_stage: Span | None = None
     engine_stage_name: str = ""
     attributes: dict[str, str | int] = field(factory=dict)
@@ -100,7 +100,7 @@ class Traces:
             attributes=attributes,
             start_time=started,
         )
-        job = _JobTrace(root, reached=now, attributes=attributes)
+        job = _JobTrace(root, attributes=attributes)
         self._open[event.job_id] = job
         self._span(job, "claim", started).end(now)
 
@@ -111,6 +111,7 @@ class Traces:
             case events.GenerationStarted(waited_seconds=seconds):
                 self._span(job, "waiting", now - _nanoseconds(seconds)).end(now)
                 job.generate = self._span(job, "generate", now)
+                job.generate_started = now
             case events.GenerationProgressed():
                 self._progress(job, event, now)
             case events.GenerationFinished(artifacts=artifacts):
@@ -134,7 +135,7 @@ class Traces:
     def _progress(self, job: _JobTrace, event: events.GenerationProgressed, now: int) -> None:
         if event.stage != job.engine_stage_name and job.generate is not None:
             # A stage is heard of when its first step is done: it began where the one before it ended.
-            started = now if job.engine_stage is not None else job.reached
+            started = now if job.engine_stage is not None else job.generate_started
             if job.engine_stage is not None:
                 job.engine_stage.end(now)
             job.engine_stage = self._span(job, event.stage, started, parent=job.generate)
@@ -143,7 +144,6 @@ class Traces:
             job.engine_stage.set_attribute("ourvidz.steps", event.step)
 
     def _add_callback(self, event: events.CallbackDelivered | events.CallbackRefused, now: int) -> None:
-        delivered = event if isinstance(event, events.CallbackDelivered) else None
         span = self._tracer.start_span(
             "callback",
             context=self._parent_of(event.job_id),
@@ -156,7 +156,7 @@ class Traces:
             },
             start_time=now - _nanoseconds(event.seconds),
         )
-        if delivered is None and isinstance(event, events.CallbackRefused):
+        if isinstance(event, events.CallbackRefused):
             span.set_status(Status(StatusCode.ERROR, redact(event.reason)))
         span.end(now)
 
@@ -168,8 +168,6 @@ class Traces:
         _end(job, now)
 
     def _span(self, job: _JobTrace, name: str, started: int, parent: Span | None = None) -> Span:
-        if name == "generate":
-            job.reached = started
         return self._tracer.start_span(
             name,
             context=trace.set_span_in_context(parent or job.root),
