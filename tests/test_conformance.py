@@ -17,6 +17,7 @@ from ourvidz_core.cli.main import main
 from ourvidz_core.plugins.loading import installed_plugins
 from ourvidz_core.testing.conformance import CHECKS, CheckResult, CheckStatus, Subject
 from ourvidz_core.testing.conformance import run_check as run_one
+from ourvidz_core.testing.conformance.__main__ import main as check_one
 from ourvidz_core.testing.suite import ConformanceSuite
 
 IN_ENGINE = """
@@ -432,6 +433,16 @@ def test_the_command_says_why_it_does_not_check(
     monkeypatch.setenv("OURVIDZ_BLOCK_PLUGINS", "acme-right")
     assert main(["plugins", "check", name]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_process_of_the_command_hears_what_is_only_logged(install: Callable[..., None], tmp_path: Path) -> None:
+    install("acme-broken", EXTENSION.replace("if isinstance(event, JobFailed):", "if True:"))
+    results = tmp_path / "results.jsonl"
+    request = {"distribution": "acme-broken", "messages": [], "is_light": False}
+    check_one({**request, "results": str(results), "scratch": str(tmp_path)})
+    found = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
+    assert [result["check"] for result in found] == list(CHECKS)
+    assert [result["check"] for result in found if result["status"] == "failed"] == ["events"]
 
 
 def test_the_command_prints_what_is_wrong_below_its_table(
