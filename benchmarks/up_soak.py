@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.up_soak [--minutes 10] [--rate 4] [--json]``. It brings its own Redis,
 storage and callback endpoint, and a plugin with two queues whose jobs cost next to nothing.
-Three workers serve both queues; two of them and all their engines are killed at random
-instants, and all three are replaced by SIGHUP now and then. The third is left alone between
-these, so that its memory can be watched. The number of tries of a job is raised from 3 to
+Three workers serve both queues; two of them and their engines are killed at random instants.
+In the first third of the time all three are replaced by SIGHUP now and then; after that the
+third is left alone, so that its memory can be watched. The number of tries of a job is raised from 3 to
 50, so that a job which luck kills three times is delivered rather than reported as poison.
 Ends with 1 where a row of the table is missed.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -44,7 +45,7 @@ MARK = "OURVIDZ_SOAK"
 LEFT_ALONE = "worker-3"
 #: Seconds between two kills, and between two rolling restarts, on average.
 KILL_SECONDS = 4.0
-ROLL_SECONDS = 60.0
+ROLL_SECONDS = 40.0
 SAMPLE_SECONDS = 2.0
 #: A process that has warmed up may grow by so much.
 FLAT_MB = 15.0
@@ -93,8 +94,9 @@ class Row:
 
 @define
 class Samples:
-    """Resident memory of one role over time, in MB."""
+    """Resident memory of one process over time, in MB."""
 
+    pid: int
     values: list[float] = field(factory=list)
 
     @property
@@ -245,7 +247,10 @@ class Soak:
         for role, pid in roles.items():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if pid is not None:
-                    self.memory.setdefault(role, Samples()).values.append(psutil.Process(pid).memory_info().rss / 1e6)
+                    size = psutil.Process(pid).memory_info().rss / 1e6
+                    if role not in self.memory or self.memory[role].pid != pid:
+                        self.memory[role] = Samples(pid)  # a successor is measured by itself
+                    self.memory[role].values.append(size)
 
     def outcomes(self) -> dict[str, list[str]]:
         """Of each job, the terminal statuses that arrived, each callback id once."""
@@ -287,13 +292,15 @@ def run(minutes: float, rate: float) -> list[Row]:
 
 def _disturb(soak: Soak, seconds: float, rate: float) -> None:
     begun = time.monotonic()
-    due = {"push": begun, "kill": begun + KILL_SECONDS, "roll": begun + ROLL_SECONDS / 2, "sample": begun + 5}
+    due = {"push": begun, "kill": begun + KILL_SECONDS, "roll": begun + ROLL_SECONDS / 4, "sample": begun + 5}
     gaps = {"push": 1 / rate, "kill": KILL_SECONDS, "roll": ROLL_SECONDS, "sample": SAMPLE_SECONDS}
     do = {"push": soak.push, "kill": soak.kill_somebody, "roll": soak.roll, "sample": soak.sample}
     while (now := time.monotonic()) < begun + seconds:
         what = min(due, key=lambda name: due[name])
         time.sleep(max(due[what] - now, 0.0))
         do[what]()
+        if what == "roll" and now + ROLL_SECONDS >= begun + seconds / 3:
+            due[what] = math.inf
         spread = soak.random.uniform(0.5, 1.5) if what in ("push", "kill") else 1.0
         due[what] = max(due[what] + gaps[what] * spread, time.monotonic() - 1.0)
 
@@ -327,7 +334,7 @@ def _rows(soak: Soak, *, is_done: bool, restarts: int, code: int | None, left: l
         rows.append(
             Row(
                 name=f"memory of {role}, first and last third",
-                value=f"{samples.early:.0f} and {samples.late:.0f} MB",
+                value=f"{samples.early:.1f} and {samples.late:.1f} MB in {len(samples.values) * SAMPLE_SECONDS:.0f} s",
                 target=f"at most {max(FLAT_MB, FLAT_SHARE * samples.early):.0f} MB more",
                 is_met=samples.is_flat,
             )
