@@ -441,3 +441,18 @@ cuda = Space(
     assert (report.cuda, report.kernels["cuDNN"]) == ("13.0", "91000")
     assert measure_gpus({**environ, "LOST": "1"}).trouble == "torch 2.11 (built for CUDA 13.0) finds none"
     assert "did not answer within 0.5 s" in measure_gpus({**environ, "HANGS": "1"}, timeout_seconds=0.5).trouble
+
+
+def test_checksums_of_models_are_compared_only_when_that_is_asked_for(
+    healthy, capsys, wan: Path, tmp_path: Path
+) -> None:
+    ckpt_dir = tmp_path / "wan"
+    ckpt_dir.mkdir()
+    for path in wan.iterdir():
+        (ckpt_dir / path.name).symlink_to(path)
+    (ckpt_dir / "SHA256SUMS").write_text(f"{'0' * 64}  Wan2.1_VAE.pth\n")
+    healthy.setenv("OURVIDZ_WAN_CKPT_DIR", str(ckpt_dir))
+    assert main(["doctor", "--only", "models"]) == 0
+    capsys.readouterr()
+    assert main(["doctor", "--only", "models", "--thorough"]) == 1
+    assert "Wan2.1_VAE.pth is not what" in capsys.readouterr().out

@@ -23,7 +23,7 @@ def sdxl_checks(settings: ReadSettings) -> Iterable[Check]:
     return (
         Check(name="models of ourvidz-sdxl", run=lambda: _look_at_all(settings(SdxlSettings)), is_at_start=True),
         Check(
-            name="checksums of ourvidz-sdxl",
+            name="models of ourvidz-sdxl (checksums)",
             run=lambda: _compare_checksums(settings(SdxlSettings)),
             is_thorough=True,
             timeout_seconds=600.0,

@@ -35,7 +35,7 @@ def wan_checks(settings: ReadSettings) -> Iterable[Check]:
             is_at_start=True,
         ),
         Check(
-            name="checksums of ourvidz-wan",
+            name="models of ourvidz-wan (checksums)",
             run=lambda: _compare_checksums(settings(WanSettings)),
             is_thorough=True,
             timeout_seconds=600.0,

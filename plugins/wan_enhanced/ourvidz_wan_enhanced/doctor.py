@@ -33,7 +33,7 @@ def enhanced_checks(settings: ReadSettings) -> Iterable[Check]:
             is_at_start=True,
         ),
         Check(
-            name="checksums of ourvidz-wan-enhanced",
+            name="models of ourvidz-wan-enhanced (checksums)",
             run=lambda: _compare_checksums(settings(EnhancerSettings)),
             is_thorough=True,
             timeout_seconds=600.0,
