@@ -164,7 +164,7 @@ FULL = Scale(
     engine_rounds=4,
 )
 QUICK = Scale(
-    kill_jobs=30, kills=6, zombies=2, phases=3, redis_jobs=25, redis_kills=2, cuts=6, bad_jobs=15, engine_rounds=1
+    kill_jobs=18, kills=4, zombies=2, phases=3, redis_jobs=16, redis_kills=2, cuts=4, bad_jobs=10, engine_rounds=1
 )
 
 
