@@ -14,6 +14,8 @@ SECRETS = git ls-files -z | xargs -0 -r -P 2 -n 250 $(BIN)/detect-secrets-hook -
 	--exclude-secrets '(?i)canary|secret|passw|p%40ss|s3cret|hunter2|whsec_(abc%)?$$|SERVICE_KEY$$|^OURVIDZ_|^(bin|chaos|new|tok)$$'
 # One thread for each process of torch: the suite runs as many processes as there are cores.
 export OMP_NUM_THREADS ?= 1
+# The suite starts hundreds of processes: what one of them has compiled, the next need not compile again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check audit format docs dist benchmarks clean
 
