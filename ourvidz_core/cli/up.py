@@ -11,7 +11,7 @@ import click
 
 from ourvidz_core.cli.common import open_registry, open_settings
 from ourvidz_core.errors import SettingsError
-from ourvidz_core.settings import SETTINGS_FILE, Settings, load_worker_tables, variable_of
+from ourvidz_core.settings import SETTINGS_FILE, Settings, load, load_worker_tables, variable_of
 
 if TYPE_CHECKING:
     from ourvidz_core.delivery.embedded import EmbeddedRedis
@@ -62,21 +62,27 @@ def up(  # noqa: PLR0917 - click names them all
     if not registry.queues:
         raise SettingsError("no plugin with job types is loaded; ourvidz plugins list says why")
     report = _measured(settings)
-    tables = _tables(registry, report, workers=workers, gpus=gpus, per_queue=per_queue, queues=queues)
-    plan = plan_workers(
-        tables,
-        registry.queues,
-        environ=os.environ,
-        health_address=settings.health_address,
-        arguments=["--no-checks"] if no_checks else [],
-    )
-    plan = share_memory(plan, report, registry.job_types, device=settings.device, is_checked=not no_checks)
+
+    def plan(settings: Settings) -> list[PlannedWorker]:
+        tables = _tables(registry, report, workers=workers, gpus=gpus, per_queue=per_queue, queues=queues)
+        planned = plan_workers(
+            tables,
+            registry.queues,
+            environ=os.environ,
+            health_address=settings.health_address,
+            arguments=["--no-checks"] if no_checks else [],
+        )
+        return share_memory(planned, report, registry.job_types, device=settings.device, is_checked=not no_checks)
+
+    planned = plan(settings)
     file = ReportFile(settings.state_dir / REPORT_DIRECTORY)
     server = _embedded_redis(settings)
     try:
-        _announce(plan)
+        _announce(planned)
         Supervisor(
-            plan,
+            planned,
+            # What was free at the start is what our workers share, so it is not measured anew while they have it.
+            replan=lambda: plan(load()),
             patience=Patience(
                 first_seconds=settings.restart_first_seconds,
                 longest_seconds=max(settings.restart_longest_seconds, settings.restart_first_seconds),

@@ -125,6 +125,11 @@ class Slot:
                 self._change(SlotState.STOPPED, now)
         return False
 
+    def keep(self) -> None:
+        """Have a successor follow a process that ends for good."""
+        if self.state is SlotState.DRAINING:
+            self._starts_again = True
+
     def exited(self, now: float, returncode: int, last_lines: Iterable[str] = ()) -> None:
         """The process is gone."""
         if self.state not in RUNNING:
@@ -146,18 +151,23 @@ class Slot:
 
 @define
 class Fleet:
-    """All slots, and what concerns more than one: a rolling restart, and the end."""
+    """All slots, and what concerns more than one: a rolling restart, a new plan, and the end."""
 
     slots: dict[str, Slot]
+    _patience: Patience = field(factory=Patience)
     is_ending: bool = False
     #: The slot whose process is being replaced; the next one's turn comes when that is ready.
     rolling: str | None = None
     _to_roll: deque[str] = field(factory=deque)
+    #: Slots that are not planned any more; they end when their turn comes in a rolling restart.
+    _leaving: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, names: Iterable[str], patience: Patience, now: float) -> Fleet:
         """A fleet of which every worker is due now."""
-        return cls({name: Slot(name=name, patience=patience, start_at=now, since=now) for name in names})
+        fleet = cls({}, patience)
+        fleet.plan(names, now)
+        return fleet
 
     @property
     def is_over(self) -> bool:
@@ -172,6 +182,18 @@ class Fleet:
         """When the next process is due."""
         return min((slot.start_at for slot in self.slots.values() if slot.state is SlotState.WAITING), default=None)
 
+    def plan(self, names: Iterable[str], now: float) -> None:
+        """Have these workers. New ones are due now; those that are missing end in the next rolling restart."""
+        if self.is_ending:
+            return
+        planned = list(names)
+        for name in planned:
+            if name in self.slots:
+                self.slots[name].keep()
+            else:
+                self.slots[name] = Slot(name=name, patience=self._patience, start_at=now, since=now)
+        self._leaving = frozenset(self.slots.keys() - planned)
+
     def roll(self) -> None:
         """Replace every process, one after the other. Asked again meanwhile, it begins anew after the present one."""
         if not self.is_ending:
@@ -180,14 +202,21 @@ class Fleet:
     def next_to_roll(self, now: float) -> Slot | None:
         """The slot whose process shall be told to end now, to be followed by a new one."""
         if self.rolling is not None:
-            if self.slots[self.rolling].state is not SlotState.READY:
-                return None
+            match self.slots[self.rolling].state:
+                case SlotState.READY:
+                    pass
+                case SlotState.STOPPED:
+                    del self.slots[self.rolling]  # it has left
+                case _:
+                    return None
             self.rolling = None
-        if not self._to_roll:
-            return None
-        self.rolling = self._to_roll.popleft()
-        slot = self.slots[self.rolling]
-        return slot if slot.drain(now, starts_again=True) else None
+        while self._to_roll:
+            name = self._to_roll.popleft()
+            if name in self.slots:
+                self.rolling = name
+                slot = self.slots[name]
+                return slot if slot.drain(now, starts_again=name not in self._leaving) else None
+        return None
 
     def end(self, now: float) -> list[Slot]:
         """End everything for good. Answers the slots whose processes must be told to."""

@@ -23,6 +23,7 @@ from typing import IO
 from attrs import define, field
 
 from ourvidz_core.engine.processes import ending_of, kill_marked, new_mark
+from ourvidz_core.errors import OurVidzError
 from ourvidz_core.orchestrator.link import OrchestratorEnd, Ready
 from ourvidz_core.orchestrator.plan import PlannedWorker
 from ourvidz_core.orchestrator.report import OrchestratorReport, WorkerReport
@@ -48,7 +49,10 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Supervisor:
-    """Watches the processes of ``plan`` until it is told to stop. Runs in the main thread."""
+    """Watches the processes of ``plan`` until it is told to stop. Runs in the main thread.
+
+    ``replan`` is asked for the plan again at each SIGHUP; where it raises, nothing changes.
+    """
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class Supervisor:
         drain_seconds: float,
         silence_seconds: float,
         environ: Mapping[str, str],
+        replan: Callable[[], Sequence[PlannedWorker]],
         report: Callable[[OrchestratorReport], None] = lambda report: None,
         log: IO[bytes] | None = None,
     ) -> None:
@@ -66,6 +71,7 @@ class Supervisor:
         self._drain_seconds = drain_seconds
         self._silence_seconds = silence_seconds
         self._environ = dict(environ)
+        self._replan = replan
         self._report = report
         self._log = log or sys.stderr.buffer
         self._log_lock = threading.Lock()
@@ -148,8 +154,7 @@ class Supervisor:
     def _obey(self, number: int, now: float) -> None:
         if number == signal.SIGHUP:
             if not self._fleet.is_ending:
-                logger.info("SIGHUP: the workers are replaced one by one")
-            self._fleet.roll()
+                self._roll(now)
             return
         self._stop_signals += 1
         if self._stop_signals == 1:
@@ -160,6 +165,19 @@ class Supervisor:
             logger.info("%s again: running jobs are handed back", signal.Signals(number).name)
             for name in self._children:
                 self._tell_to_end(name, now, _HURRIED_SECONDS)
+        self._tell()
+
+    def _roll(self, now: float) -> None:
+        try:
+            planned = {worker.name: worker for worker in self._replan()}
+        except OurVidzError as error:
+            # Their successors would not start: what runs is better.
+            logger.error("SIGHUP: no worker is replaced, since the settings cannot be used: %s", error)
+            return
+        logger.info("SIGHUP: the workers are replaced one by one")
+        self._plan |= planned
+        self._fleet.plan(planned, now)
+        self._fleet.roll()
         self._tell()
 
     # -- processes

@@ -11,7 +11,7 @@ from ourvidz_core.orchestrator.slots import RUNNING, Fleet, Patience, Slot, Slot
 
 PATIENCE = Patience(first_seconds=1.0, longest_seconds=60.0, reset_seconds=300.0)
 NAMES = ("a", "b", "c")
-names = st.sampled_from(NAMES)
+names = st.sampled_from((*NAMES, "d"))
 
 
 @given(
@@ -37,6 +37,7 @@ class FleetMachine(RuleBasedStateMachine):
         self.processes: set[str] = set()
         self.told: set[str] = set()
         self.starts_after_the_end = 0
+        self.planned = set(NAMES)
 
     @rule(seconds=st.floats(0.0, 400.0))
     def let_time_pass(self, seconds: float) -> None:
@@ -67,6 +68,12 @@ class FleetMachine(RuleBasedStateMachine):
     @rule()
     def roll(self) -> None:
         self.fleet.roll()
+
+    @rule(planned=st.sets(names, min_size=1))
+    def change_the_plan(self, planned: set[str]) -> None:
+        self.fleet.plan(sorted(planned), self.now)
+        if not self.fleet.is_ending:
+            self.planned = planned
 
     @rule()
     def replace_the_next(self) -> None:
@@ -102,8 +109,9 @@ class FleetMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_worker_is_given_up_before_the_end(self) -> None:
-        stopped = [name for name, slot in self.fleet.slots.items() if slot.state is SlotState.STOPPED]
-        assert not stopped or self.fleet.is_ending
+        stopped = {name for name, slot in self.fleet.slots.items() if slot.state is SlotState.STOPPED}
+        assert self.fleet.is_ending or not stopped & self.planned
+        assert self.fleet.is_ending or self.planned <= self.fleet.slots.keys()
 
     @invariant()
     def no_wait_is_longer_than_the_longest(self) -> None:
@@ -173,6 +181,23 @@ def test_a_rolling_restart_waits_until_the_new_worker_is_ready_even_if_that_take
     second = fleet.next_to_roll(61.0)
     assert second is not None
     assert second.name == "b"
+
+
+def test_a_new_plan_starts_what_is_new_and_ends_what_is_gone_when_its_turn_comes() -> None:
+    fleet = Fleet.of(["a", "b"], PATIENCE, 0.0)
+    for slot in fleet.due(0.0):
+        slot.started(0.0)
+        slot.became_ready(0.0)
+    fleet.plan(["b", "c"], 1.0)
+    fleet.roll()
+    assert [slot.name for slot in fleet.due(1.0)] == ["c"]
+    gone = fleet.next_to_roll(1.0)
+    assert gone is not None
+    assert gone.name == "a"
+    gone.exited(2.0, 0)
+    following = fleet.next_to_roll(2.0)
+    assert following is not None
+    assert (following.name, sorted(fleet.slots)) == ("b", ["b", "c"])
 
 
 def test_what_was_told_to_end_is_not_a_failure() -> None:

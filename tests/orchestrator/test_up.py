@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,11 +82,11 @@ class Up:
         assert worker.pid is not None
         return worker.pid
 
-    def wait_for(self, condition: Callable[[], object]) -> None:
-        try:
-            self.fleet.wait_for(condition)
-        except AssertionError:
-            raise AssertionError(self.log.read_text()[-4000:]) from None
+    def wait_for(self, condition: Callable[[], object], seconds: float = 20.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+            time.sleep(0.02)
 
     def tell(self, number: int) -> None:
         assert self.process is not None
@@ -264,6 +265,28 @@ def test_a_worker_refuses_to_start_where_jobs_would_be_lost(broken: dict, said: 
         up.fleet.client.config_set("maxmemory-policy", "noeviction")
     assert said in str(refused.exception)
     assert "--no-checks" in str(refused.exception)
+
+
+@pytest.mark.slow
+def test_sighup_reads_the_settings_again_and_changes_nothing_where_they_cannot_be_used(up: Up, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.toml"
+
+    def write(*names: str) -> None:
+        settings.write_text("".join(f'[[ourvidz.workers]]\nname = "{name}"\n' for name in names))
+
+    write("old", "kept")
+    up.start(f"--config={settings}")
+    up.wait_for(lambda: up.is_ready("old") and up.is_ready("kept"))
+    kept, gone = up.pid("kept"), psutil.Process(up.pid("old"))
+    settings.write_text("[ourvidz]\nstall_seconds = -1\n")
+    up.tell(signal.SIGHUP)
+    up.wait_for(lambda: "no worker is replaced" in up.log.read_text())
+    assert "OURVIDZ_STALL_SECONDS" in up.log.read_text()
+    assert (up.pid("kept"), gone.is_running()) == (kept, True)
+    write("kept", "new")
+    up.tell(signal.SIGHUP)
+    up.wait_for(lambda: up.is_ready("new") and up.is_ready("kept", not_pid=kept) and up.worker("old") is None)
+    assert alive([gone]) == []
 
 
 @pytest.mark.slow
