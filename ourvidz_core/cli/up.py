@@ -43,10 +43,10 @@ def up(  # noqa: PLR0917 - click names them all
     """Start workers and keep them running: one for all queues, unless flags or the settings file say otherwise.
 
     A worker that ends is started again, for ever, after a wait that doubles up to
-    OURVIDZ_RESTART_LONGEST_SECONDS. SIGHUP replaces the workers one by one, without losing
-    or interrupting a job. SIGTERM or Ctrl-C lets running jobs finish, a second one hands
-    them back. ourvidz status shows how all of them are. Flags win over the settings file's
-    tables.
+    OURVIDZ_RESTART_LONGEST_SECONDS. SIGHUP reads the settings again and replaces the workers
+    one by one, without losing or interrupting a job. SIGTERM or Ctrl-C lets running jobs
+    finish, a second one hands them back. ourvidz status shows how all of them are. Flags win
+    over the settings file's tables.
     """
     from ourvidz_core.orchestrator.plan import plan_workers, share_memory
     from ourvidz_core.orchestrator.report import ReportFile
