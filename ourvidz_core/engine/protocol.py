@@ -114,7 +114,7 @@ class Channel:
     def receive(self) -> EngineMessage:
         """Read one message; ``EOFError`` or ``OSError`` says that the other end is gone.
 
-        :raises HookFailed: a plugin put a value into it that its place does not take.
+        :raises HookFailed: a plugin put a value into it that its place does not take, or wrote it itself.
         """
         raw = self._connection.recv_bytes(MAX_MESSAGE_BYTES)
         try:
@@ -122,6 +122,9 @@ class Channel:
         except BaseValidationError as error:
             faults = "; ".join(str(fault) for fault in faults_of(error))
             raise HookFailed(f"a plugin changed a job or made a result that cannot be read: {faults}") from error
+        # Plugins run beside the other end of the pipe, and can write anything into it.
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise HookFailed(f"a message came that is none of ours ({type(error).__name__})") from error
 
     def _decode(self, body: dict[str, Any]) -> EngineMessage:
         kind = _KINDS[body.pop("kind")]
