@@ -37,6 +37,8 @@ def imported_by(program: str) -> list[str]:
         ),
         pytest.param("from ourvidz_core.cli.main import main; assert main(['job-types']) == 0", id="job-types"),
         pytest.param("from ourvidz_core.cli.main import main; assert main(['--help']) == 0", id="help"),
+        # It lives as long as the machine, beside workers that need the memory.
+        pytest.param("import ourvidz_core.orchestrator.supervisor, ourvidz_core.cli.up", id="the orchestrator"),
     ],
 )
 def test_nothing_heavy_is_imported(program: str) -> None:
