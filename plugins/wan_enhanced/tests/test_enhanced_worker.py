@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from ourvidz_wan.video import read_facts as read_video_facts
 from ourvidz_wan_enhanced import plugin
 from ourvidz_wan_enhanced.cli import enhance
+from ourvidz_wan_enhanced.effort import is_work_left
 
 from ourvidz_core.cli.main import COMMAND_GROUP
 from ourvidz_core.delivery.embedded import EmbeddedRedis
@@ -176,4 +178,13 @@ def test_the_command_line_shows_why_a_prompt_stays_as_it_is(endless_dir):
 
 
 def enhancer(directory):
-    return {"OURVIDZ_ENHANCER_MODEL": str(directory), "OURVIDZ_DEVICE": "cpu"}
+    """Settings of the command in this process, which it would end if it left work behind, or found some."""
+    deadline = time.monotonic() + 60
+    while is_work_left():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return {
+        "OURVIDZ_ENHANCER_MODEL": str(directory),
+        "OURVIDZ_ENHANCER_DEADLINE_SECONDS": "100",
+        "OURVIDZ_DEVICE": "cpu",
+    }
