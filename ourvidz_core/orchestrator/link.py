@@ -16,8 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from attrs import frozen
+from attrs import field, frozen
 
+from ourvidz_core.errors import PayloadError
 from ourvidz_core.wire.payloads import structure
 
 
@@ -25,9 +26,9 @@ from ourvidz_core.wire.payloads import structure
 class Ready:
     """What a worker says when it begins to take jobs."""
 
-    queues: tuple[str, ...]
+    queues: tuple[str, ...] = ()
     #: What it leaves to others, and why: a queue or a job type, and the reason.
-    left_out: Mapping[str, str]
+    left_out: Mapping[str, str] = field(factory=dict)
 
 
 class WorkerEnd:
@@ -91,10 +92,18 @@ class OrchestratorEnd:
             return None
         self.heard_at = time.monotonic()
         *lines, self._received = (self._received + data).split(b"\n")
-        said = [structure(json.loads(line), Ready) for line in lines if line]
+        said = [_understood(line) for line in lines if line]
         return said[-1] if said else None
 
     def close(self) -> None:
         """Break the line; a worker that is still there ends."""
         self._socket.close()
         self.is_open = False
+
+
+def _understood(line: bytes) -> Ready:
+    """A worker of another version may say it otherwise: it was replaced, and its orchestrator was not."""
+    try:
+        return structure(json.loads(line), Ready)
+    except (ValueError, PayloadError):
+        return Ready()

@@ -204,7 +204,7 @@ class Supervisor:
         if isinstance(said, Ready):
             slot.became_ready(time.monotonic())
             self._left_out[name] = said.left_out
-            logger.info("%s takes jobs from %s", name, ", ".join(said.queues))
+            logger.info("%s takes jobs from %s", name, ", ".join(said.queues) or "its queues")
             self._tell()
         if not child.line.is_open:
             self._selector.unregister(child.line)
