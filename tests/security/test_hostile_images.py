@@ -155,7 +155,9 @@ for what, attempt in tries.items():
         done.append(what)
     except (OSError, ValueError):
         pass
-print(json.dumps(done))
+kinds = ("AS", "CPU", "FSIZE", "CORE", "NOFILE", "NPROC")
+limits = {kind: resource.getrlimit(getattr(resource, f"RLIMIT_{kind}"))[0] for kind in kinds}
+print(json.dumps([done, limits]))
 """
 
 
@@ -166,9 +168,16 @@ def test_a_decoder_that_was_taken_over_opens_no_file_no_socket_and_no_program(tm
         text=True,
         check=True,
     )
+    done, limits = json.loads(finished.stdout)
     # Root may raise a limit that it has lowered; nobody else can.
-    assert set(json.loads(finished.stdout)) <= {"take the limits back"}
+    assert set(done) <= {"take the limits back"}
     assert not (tmp_path / "new").exists()
+    assert limits["AS"] <= decode_image.memory_limit(1_000_000) < 500e6
+    assert limits["CPU"] <= decode_image.cpu_limit(1_000_000) < 15
+    assert limits["FSIZE"] < 10e6
+    assert limits["CORE"] == 0
+    if not done:
+        assert (limits["NOFILE"], limits["NPROC"]) == (0, 0)
 
 
 def test_a_crash_of_the_decoder_is_an_error_of_that_picture_and_the_next_is_decoded(
