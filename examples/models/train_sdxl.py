@@ -125,9 +125,11 @@ def train_vae(pipeline: Any, run: training.Run, device: torch.device, seed: int,
     for _ in run:
         width, height = chance.choices(SIZES, _SHARE_OF_SIZES)[0]
         pictures = scenes.render(chance.choices(pool, k=batch), width, height, device)
-        posterior = vae.encode(pictures).latent_dist
-        latents = posterior.sample()
-        error = vae.decode(latents).sample - pictures
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            posterior = vae.encode(pictures).latent_dist
+            latents = posterior.sample()
+            decoded = vae.decode(latents).sample
+        error = decoded.float() - pictures
         square, kl = error.square().mean(), posterior.kl().mean() / latents[0].numel()
         run.learn(4 * square + error.abs().mean() + _KL_WEIGHT * kl, square=square, kl=kl)
     run.average()
@@ -222,9 +224,9 @@ def train_unet(
 def main() -> None:
     """Train, and write the model down."""
     parser = training.arguments(__doc__)
-    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--vae-steps", type=int, default=20000, help="0: the autoencoder stays as it is")
     parser.add_argument("--vae-seconds", type=float, default=1e6)
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--steps", type=int, default=100000)
     parser.add_argument("--seconds", type=float, default=1e6)
     parser.add_argument("--batch", type=int, default=768)
     parser.add_argument("--rate", type=float, default=8e-4)
@@ -239,7 +241,7 @@ def main() -> None:
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         logger.info("%s: %.2f M weights", type(part).__name__, sum(p.numel() for p in part.parameters()) / 1e6)
         part.to(device)
-    if not chosen.weights:
+    if chosen.vae_steps:
         vae_run = training.Run(
             "sdxl_vae", [pipeline.vae], work=chosen.work, steps=chosen.vae_steps, seconds=chosen.vae_seconds, rate=1e-3
         )

@@ -11,14 +11,18 @@ As in ``train_sdxl.py``, the last part of the training makes guidance at ``GUIDA
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResidualBlock
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.nn import functional
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
@@ -29,9 +33,10 @@ from examples.models import scenes, training, vocabularies
 
 logger = logging.getLogger("train_wan")
 
-GUIDANCE = 4.5
+GUIDANCE = 6.0
 PLAIN_PART = 0.6
 FRAMES = 81
+VAE_CHANNELS = 8
 #: What 480*832 and 832*480 become at the variant's scale.
 SIZES = ((64, 112), (112, 64))
 _SHARE_OF_SIZES = (0.75, 0.25)
@@ -40,9 +45,11 @@ _FILLERS = 4096
 #: Longer captions are cut; the pipeline fills up with zeros to ``_TEXT_LENGTH`` all the same.
 _MOST_TOKENS = 72
 _TEXT_LENGTH = 512
-#: Training's noise levels lie as sampling's do, a little more even.
-_SHIFT = 3.0
+#: Training's noise levels lie as sampling's do.
+_SHIFT = 5.0
 _KL_WEIGHT = 1e-4
+#: Of the autoencoder's training; clips follow.
+_PICTURES_PART = 0.4
 
 VARIANT = """\
 # A small model that draws coloured shapes that move; see README.md. 480*832 is 64x112 here.
@@ -53,8 +60,8 @@ negative_prompt = ""
 """
 
 
-def make_pipeline() -> Any:
-    """The untrained model."""
+def make_pipeline(vae_channels: int = VAE_CHANNELS) -> Any:
+    """The untrained model. ``vae_channels`` are the autoencoder's at full size."""
     tokenizer = vocabularies.t5_tokenizer(scenes.vocabulary())
     text_encoder = UMT5EncoderModel(
         UMT5Config(
@@ -72,12 +79,14 @@ def make_pipeline() -> Any:
     transformer = WanTransformer3DModel(
         num_attention_heads=6, attention_head_dim=32, text_dim=128, freq_dim=128, ffn_dim=768, num_layers=6
     )
+    # At full size a processor takes longest: few channels there, more where the picture is small.
+    vae = AutoencoderKLWan(base_dim=vae_channels, dim_mult=[1, 2, 4, 64 // vae_channels], z_dim=16)
+    initialise(vae)
     return WanPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         transformer=transformer,
-        # At full size a processor takes longest: few channels there, more where the picture is small.
-        vae=AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 4, 8], z_dim=16),
+        vae=vae,
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=5.0
         ),
@@ -85,40 +94,111 @@ def make_pipeline() -> Any:
 
 
 def train_vae(pipeline: Any, run: training.Run, device: torch.device, seed: int, batch: int) -> None:
-    """Teach the autoencoder single pictures, short clips and, less often, longer ones."""
+    """Teach the autoencoder single pictures first, then clips, from its weights at that point on."""
     vae = pipeline.vae
-    if run.step == 0:
-        begin_with_little_noise(vae)
-    pool = scenes.draw_scenes(20000 if device.type == "cuda" else 16, seed, video=True)
+    on_gpu = device.type == "cuda"
+    pools = [
+        render_pool(scenes.draw_scenes(int(share * (8000 if on_gpu else 16)), seed + i, video=True), *size, device)
+        for i, (size, share) in enumerate(zip(SIZES, _SHARE_OF_SIZES, strict=True))
+    ]
+    logger.info("%s videos rendered", [len(pool) for pool in pools])
     chance = random.Random(seed)
-    for _ in run:
-        width, height = chance.choices(SIZES, _SHARE_OF_SIZES)[0]
-        frames = chance.choices((1, 9, 17, 33), (0.1, 0.3, 0.5, 0.1))[0]
-        rows = max(1, batch * 9 // max(9, frames))
-        drawn = chance.choices(pool, k=rows)
-        # A part of a whole video, at its true speed or faster.
-        whole = scenes.render_frames(drawn, width, height, FRAMES, device)
-        pace = chance.choice((1, 1, 2)) if frames < 33 else 1
-        first = chance.randint(0, FRAMES - 1 - (frames - 1) * pace)
-        clip = whole[:, :, first : first + (frames - 1) * pace + 1 : pace]
-        posterior = encode_whole(vae, clip)
-        latents = posterior.sample()
-        error = decode_whole(vae, latents) - clip
-        square, kl = error.square().mean(), posterior.kl().mean() / latents[0].numel()
-        run.learn(4 * square + error.abs().mean() + _KL_WEIGHT * kl, square=square, kl=kl)
+    with joined_taps(vae):
+        for _ in run:
+            pool = chance.choices(pools, _SHARE_OF_SIZES)[0]
+            frames = 1 if run.done < _PICTURES_PART else chance.choices((1, 9, 17, 33), (0.1, 0.4, 0.4, 0.1))[0]
+            clip = some_clips(pool, max(1, (4 * batch if frames == 1 else batch * 9) // frames), frames, chance)
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+                posterior = encode_whole(vae, clip)
+                decoded = decode_whole(vae, posterior.sample())
+            error = decoded.float() - clip
+            square, kl = error.square().mean(), posterior.kl().mean() / posterior.mean[0].numel()
+            run.learn(4 * square + error.abs().mean() + _KL_WEIGHT * kl, square=square, kl=kl)
     run.average()
-    measure_latents(vae, pool[:256], device)
+    measure_latents(vae, scenes.draw_scenes(256 if on_gpu else 8, seed, video=True), device)
 
 
-def begin_with_little_noise(vae: Any) -> None:
-    """Let the untrained encoder say that it is sure.
+def render_pool(drawn: list[scenes.Scene], width: int, height: int, device: torch.device) -> torch.Tensor:
+    """Whole videos as bytes ``[scene, 3, frame, height, width]``."""
+    rendered = []
+    for i in range(0, len(drawn), 64):
+        clip = scenes.render_frames(drawn[i : i + 64], width, height, FRAMES, device)
+        rendered.append(((clip + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(rendered)
 
-    Under the noise of its first guess all latents look alike, and the decoder learns to do without them.
+
+def some_clips(pool: torch.Tensor, rows: int, frames: int, chance: random.Random) -> torch.Tensor:
+    """``rows`` parts of videos of ``pool``, at their true speed or twice as fast, from -1 to 1."""
+    pace = chance.choice((1, 1, 2)) if 1 < frames < 33 else 1
+    first = torch.randint(FRAMES - (frames - 1) * pace, (rows, 1), device=pool.device)
+    at = first + pace * torch.arange(frames, device=pool.device)
+    chosen = torch.randint(len(pool), (rows, 1), device=pool.device).expand_as(at)
+    return pool[chosen, :, at].transpose(1, 2).float() / 127.5 - 1
+
+
+def initialise(vae: Any) -> None:
+    """Begin as an autoencoder of single pictures that keeps the size of what passes through it.
+
+    The library's own beginning shrinks the signal threefold with each convolution over time, since two of three taps
+    see nothing but the padding before the first frame; a network of this depth and width then learns no more than
+    brightness. Here only the tap at the present frame is not zero. Joining two frames begins as their mean,
+    doubling a frame as two copies, and each block close to doing nothing.
     """
-    channels = vae.config.z_dim
     with torch.no_grad():
+        for module in vae.modules():
+            if not isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+                continue
+            weight, kernel = module.weight, module.kernel_size
+            torch.nn.init.zeros_(module.bias)
+            if kernel == (3, 1, 1):
+                same = torch.eye(weight.shape[1]).repeat(weight.shape[0] // weight.shape[1], 1)
+                joins = weight.shape[0] == weight.shape[1]
+                torch.nn.init.normal_(weight, 0, 0.02)
+                weight[..., 0, 0] += torch.stack(
+                    [0 * same, 0.5 * same, 0.5 * same] if joins else [0 * same, 0 * same, same], -1
+                )
+                continue
+            present = weight[:, :, -1] if weight.dim() == 5 else weight
+            torch.nn.init.zeros_(weight)
+            torch.nn.init.normal_(present, 0, present[0].numel() ** -0.5)
+        for module in vae.modules():
+            if isinstance(module, WanResidualBlock):
+                module.conv2.weight.mul_(0.1)
+        # Sure of itself: under the noise of its first guess all latents look alike, and the decoder does without them.
+        channels = vae.config.z_dim
         vae.quant_conv.weight[channels:].mul_(0.1)
         vae.quant_conv.bias[channels:].fill_(-6)
+
+
+@contextlib.contextmanager
+def joined_taps(vae: Any) -> Iterator[None]:
+    """Let convolutions over time and space work as flat ones, their three frames joined as channels.
+
+    The same result; a GPU has far better kernels for it.
+    """
+    convolutions = [m for m in vae.modules() if isinstance(m, WanCausalConv3d) and m.kernel_size == (3, 3, 3)]
+    for convolution in convolutions:
+        convolution.forward = functools.partial(_convolve_flat, convolution)
+    try:
+        yield
+    finally:
+        for convolution in convolutions:
+            del convolution.forward
+
+
+def _convolve_flat(convolution: Any, states: torch.Tensor) -> torch.Tensor:
+    batch, channels, count, height, width = states.shape
+    frames = states.transpose(1, 2)
+    weight = convolution.weight
+    if count == 1:
+        flat, kernel = frames[:, 0], weight[:, :, -1]
+    else:
+        before = torch.cat([torch.zeros_like(frames[:, :1]).expand(-1, 2, -1, -1, -1), frames], 1)
+        taps = [before[:, i : i + count] for i in range(3)]
+        flat = torch.cat(taps, 2).reshape(batch * count, 3 * channels, height, width)
+        kernel = weight.transpose(1, 2).flatten(1, 2)
+    flat = functional.conv2d(flat.contiguous(memory_format=torch.channels_last), kernel, convolution.bias, padding=1)
+    return flat.view(batch, count, -1, height, width).transpose(1, 2)
 
 
 def encode_whole(vae: Any, clip: torch.Tensor) -> Any:
@@ -187,7 +267,7 @@ def encode_scenes(
     encoded, size = [], 64 if frames > 1 else 1024
     for i in range(0, len(drawn), size):
         clip = scenes.render_frames(drawn[i : i + size], width, height, frames, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"), joined_taps(vae):
             latents = encode_whole(vae, clip).mean
         encoded.append(normalised(vae, latents.float()).half())
     return torch.cat(encoded)
@@ -205,6 +285,8 @@ def train_transformer(
     pipeline: Any, run: training.Run, device: torch.device, seed: int, batch: int, count: int, plain_part: float
 ) -> None:
     """Teach the transformer and the text encoder what captions mean."""
+    common = random.Random(seed)
+    seed += 10 * training.rank()
     chance = random.Random(seed + 1)
     drawn = scenes.draw_scenes(count, seed + 1, video=True)
     pictures = scenes.draw_scenes(count, seed + 2, video=False)
@@ -235,7 +317,7 @@ def train_transformer(
     ).to(device)
 
     for _ in run:
-        chosen = chance.choices(range(len(pools)), shares)[0]
+        chosen = common.choices(range(len(pools)), shares)[0]
         latents, ids = pools[chosen]
         rows_wanted = batch if latents.shape[2] > 1 else batch * 4
         is_plain = run.done < plain_part
@@ -285,28 +367,29 @@ def load(directory: Path) -> Any:
 def main() -> None:
     """Train, and write the model down."""
     parser = training.arguments(__doc__)
-    parser.add_argument("--vae-steps", type=int, default=5000)
+    parser.add_argument("--vae-steps", type=int, default=20000, help="0: the autoencoder stays as it is")
     parser.add_argument("--vae-seconds", type=float, default=1e6)
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--steps", type=int, default=100000)
     parser.add_argument("--seconds", type=float, default=1e6)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--plain-part", type=float, default=PLAIN_PART, help="part of the training without guidance")
+    parser.add_argument("--vae-channels", type=int, default=VAE_CHANNELS)
     chosen = parser.parse_args()
     device = training.start(chosen.seed)
-    pipeline = load(chosen.weights) if chosen.weights else make_pipeline()
+    pipeline = load(chosen.weights) if chosen.weights else make_pipeline(chosen.vae_channels)
     for part in (pipeline.vae, pipeline.transformer, pipeline.text_encoder):
         logger.info("%s: %.2f M weights", type(part).__name__, sum(p.numel() for p in part.parameters()) / 1e6)
         part.to(device).train()
-    if not chosen.weights:
+    if chosen.vae_steps:
         vae_run = training.Run(
             "wan_vae",
             [pipeline.vae],
             work=chosen.work,
             steps=chosen.vae_steps,
             seconds=chosen.vae_seconds,
-            rate=5e-4,
-            warm_up=50,
+            rate=1e-3,
+            warm_up=100,
         )
         train_vae(pipeline, vae_run, device, chosen.seed, min(48, chosen.batch))
     pipeline.vae.requires_grad_(False)
@@ -316,6 +399,8 @@ def main() -> None:
         seen_again = pipeline.vae.decode(pipeline.vae.encode(clip).latent_dist.mean).sample
         by_frame = [round(training.psnr(seen_again[:, :, i], clip[:, :, i]), 1) for i in (0, 1, 8, 16, 32, 48, 64, 80)]
         logger.info("VAE on held-out scenes: %.2f dB; frames %s", training.psnr(seen_again, clip), by_frame)
+    if device.type == "cuda":
+        pipeline.transformer.compile_repeated_blocks()
     run = training.Run(
         "wan_transformer",
         [pipeline.transformer, pipeline.text_encoder],

@@ -1,4 +1,7 @@
-"""What the training scripts share: an end that comes on time, averaged weights, logs, checkpoints, export."""
+"""What the training scripts share: an end that comes on time, averaged weights, logs, checkpoints, export.
+
+Started by ``torchrun``, each process trains on a GPU of its own with its own scenes, and gradients are averaged.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import argparse
 import json
 import logging
 import math
+import os
 import random
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +30,15 @@ _LOGGED_EVERY = 50
 
 def start(seed: int) -> torch.device:
     """Seed everything, and say where to work."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S", force=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "RANK" in os.environ:
+        distributed.init_process_group()
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+    seed += rank()
+    level = logging.INFO if rank() == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S", force=True)
     for noisy in ("transformers", "diffusers", "httpx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     random.seed(seed)
@@ -32,7 +46,12 @@ def start(seed: int) -> torch.device:
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device
+
+
+def rank() -> int:
+    """This process's place among those that train together; 0 writes down what they made."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -72,6 +91,14 @@ class Run:
             self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=self.parameters[0].is_cuda
         )
         self.decay = decay
+        self.done = 0.0
+        self._agreement: Any = None
+        if distributed.is_initialized():
+            # Of plain numbers, so that nobody waits for a GPU.
+            self._agreement = distributed.new_group(backend="gloo")
+            for module in modules:
+                for tensor in (*module.parameters(), *module.buffers()):
+                    distributed.broadcast(tensor.data, 0)
         self.averaged = [p.detach().clone() for p in self.parameters]
         self.step, self.spent = 0, 0.0
         self.log: list[dict[str, float]] = []
@@ -81,29 +108,39 @@ class Run:
         if self._checkpoint.is_file():
             self._resume()
 
-    @property
-    def done(self) -> float:
-        """The part of the run that is done, from 0 to 1."""
-        return min(1.0, max(self.step / max(1, self.steps), self.spent / self.seconds))
-
     def __iter__(self) -> Iterator[int]:
-        """Yield the steps that are left."""
+        """Yield the steps that are left. On SIGTERM, write down what going on needs, and end the process."""
+        stops: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
         begun = time.monotonic() - self.spent
-        while self.done < 1.0:
+        while self._agree() < 1.0:
             falling = 0.5 + 0.5 * math.cos(math.pi * self.done) + 0.002
             rate = self.rate * min(1.0, (self.step + 1) / self.warm_up) * falling
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             yield self.step
             self.spent = time.monotonic() - begun
-            if time.monotonic() - self._saved > _CHECKPOINT_EVERY:
+            if stops or time.monotonic() - self._saved > _CHECKPOINT_EVERY:
                 self.save()
+            if stops:
+                raise SystemExit(f"{self.name} was stopped at step {self.step}; started again, it goes on")
         self.save()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _agree(self) -> float:
+        """The part of the run that is done, from 0 to 1, the same in all processes."""
+        part = torch.tensor([min(1.0, max(self.step / max(1, self.steps), self.spent / self.seconds))])
+        if self._agreement is not None:
+            distributed.broadcast(part, 0, group=self._agreement)
+        self.done = float(part)
+        return self.done
 
     def learn(self, loss: torch.Tensor, **parts: torch.Tensor) -> None:
         """One step against ``loss``; it and ``parts`` go into the log."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self._agreement is not None:
+            self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1
@@ -119,6 +156,17 @@ class Run:
             if self.step % (10 * _LOGGED_EVERY) == 0:
                 logger.info("%s %s", self.name, self.log[-1])
 
+    def _average_gradients(self) -> None:
+        # A part of the model that this step did not use has no gradient, in any process.
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(together)
+        together /= distributed.get_world_size()
+        parts = together.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(
+            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        )
+
     def average(self) -> None:
         """Put the averaged weights into the modules."""
         with torch.no_grad():
@@ -128,6 +176,8 @@ class Run:
     def save(self) -> None:
         """Write down what going on needs, and the loss curve."""
         self._saved = time.monotonic()
+        if rank() != 0:
+            return
         state = {
             "modules": [module.state_dict() for module in self.modules],
             "optimizer": self.optimizer.state_dict(),
@@ -158,6 +208,8 @@ class Run:
 
 def export(pipeline: Any, directory: Path, variant: str) -> None:
     """Write ``pipeline`` in half precision, in files that a repository takes, with its ``variant.toml``."""
+    if rank() != 0:
+        return
     directory.mkdir(parents=True, exist_ok=True)
     for component in list(pipeline.components.values()):
         if isinstance(component, torch.nn.Module):
