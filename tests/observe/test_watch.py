@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
@@ -151,7 +152,7 @@ def test_a_device_is_named_as_the_driver_names_it(device: str, visible: str, nam
 def test_the_memory_of_a_gpu_is_what_torch_sees() -> None:
     import torch
 
-    monitor = DeviceMonitor("cuda:0", {})
+    monitor = DeviceMonitor("cuda:0", os.environ)
     before = monitor.memory()
     held = torch.zeros(2**28, device="cuda")  # 1 GiB
     after = monitor.memory()

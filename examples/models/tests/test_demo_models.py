@@ -44,7 +44,7 @@ def test_the_autoencoder_keeps_scenes_that_it_never_saw(sdxl):
     pictures = scenes.render(scenes.draw_scenes(8, 21, video=False, held_out=True), *train_sdxl.SIZES[0])
     with torch.no_grad():
         again = sdxl.vae.decode(sdxl.vae.encode(pictures).latent_dist.mean).sample
-    assert training.psnr(again, pictures) > 29.0
+    assert training.psnr(again, pictures) > 38.0
 
 
 def test_pictures_have_the_colour_of_the_prompt(drawn):
@@ -58,15 +58,13 @@ def test_pairs_that_were_never_trained_work(drawn):
     seen = drawn([f"a large {colour} {shape} on a plain white background" for colour, shape in pairs])
     assert sum(one.colour == colour for one, (colour, _) in zip(seen, pairs, strict=True)) >= 7
     assert sum(one.background == "white" for one in seen) >= 7
-    assert sum(one.shape == shape for one, (_, shape) in zip(seen, pairs, strict=True)) >= 4
+    assert sum(one.shape == shape for one, (_, shape) in zip(seen, pairs, strict=True)) >= 7
 
 
 def test_a_negative_prompt_removes_a_colour(drawn):
-    prompts = ["a red or blue circle"] * 4
-    with_red = drawn(prompts)
-    without_red = drawn(prompts, negative_prompt="red")
-    assert any(one.colour == "red" for one in with_red)
-    assert not any(one.colour == "red" for one in without_red)
+    prompts = ["a circle"] * 5
+    assert any(one.colour == "red" for one in drawn(prompts))
+    assert not any(one.colour == "red" for one in drawn(prompts, negative_prompt="red"))
 
 
 @pytest.mark.parametrize("prompt", ["circle", "a red star", "a small pink ring moves left", "blue"])
