@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+import diffusers
 
+from ourvidz_core.engine.solvers import HostDPMSolver, HostUniPC
 from ourvidz_sdxl.config import Solver
+
+
+class UniPCMultistepScheduler(HostUniPC, diffusers.UniPCMultistepScheduler):  # type: ignore[misc]
+    """diffusers' UniPC, without its waits for the device. The results are the same, and so is the name."""
+
+
+class DPMSolverMultistepScheduler(HostDPMSolver, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
+    """diffusers' DPM-Solver++, without its waits for the device. The results are the same, and so is the name."""
+
 
 SCHEDULERS: Mapping[Solver, Any] = {
     Solver.UNIPC: UniPCMultistepScheduler,

@@ -21,7 +21,7 @@ from typing import Any
 import diffusers
 import torch
 from attrs import field, frozen
-from diffusers import AutoencoderKLWan, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
@@ -38,6 +38,7 @@ from ourvidz_wan.layout import (
     missing_native_files,
     transformer_files,
 )
+from ourvidz_wan.schedulers import SCHEDULERS
 from ourvidz_wan.tasks import Pipeline, Task
 
 #: Every WAN 2.1 transformer has heads of this size; its weights do not say it.
@@ -48,7 +49,6 @@ TRANSFORMERS: Mapping[Pipeline, str] = {
     Pipeline.IMAGE: "WanTransformer3DModel",
     Pipeline.VACE: "WanVACETransformer3DModel",
 }
-SCHEDULERS = {Solver.UNIPC: UniPCMultistepScheduler, Solver.DPM: DPMSolverMultistepScheduler}
 
 #: Names in the published text encoder, and what transformers calls the same weight.
 _TEXT_ENCODER_NAMES = (
@@ -102,8 +102,11 @@ def load_models(
     modules = [component for component in components.values() if isinstance(component, torch.nn.Module)]
     for module in modules:
         module.eval().requires_grad_(False)
+    # diffusers' own, for a directory that is written from this names the classes in it.
+    scheduler: Any = UniPCMultistepScheduler
     # By name, because diffusers imports each pipeline when it is asked for.
-    pipeline = getattr(diffusers, task.pipeline.value)(**components, scheduler=make_scheduler(Solver.UNIPC, 5.0))
+    pipeline_class = getattr(diffusers, task.pipeline.value)
+    pipeline = pipeline_class(**components, scheduler=scheduler(**_shipped("scheduler")))
     pipeline.set_progress_bar_config(disable=True)
     if offload and place.type == "cuda":
         pipeline.enable_model_cpu_offload(device=place)
