@@ -160,7 +160,7 @@ def test_no_step_asks_the_device_for_anything(solver):
 
 
 def test_a_steep_schedule_begins_at_its_first_step():
-    """Its first two timesteps are the same whole number, and diffusers would begin at the second and fail at the end."""
+    """Its first two timesteps are the same whole number: diffusers would begin at the second and fail at the end."""
     scheduler = UniPC(**FLOW, flow_shift=20.0)
     scheduler.set_timesteps(100)
     assert scheduler.timesteps[0] == scheduler.timesteps[1]
