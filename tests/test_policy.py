@@ -111,7 +111,7 @@ def test_a_refused_job_fetches_nothing_makes_nothing_and_says_who_refused_it(
     assert (metadata["error_type"], metadata["refused_by"], metadata["rule"]) == ("PolicyRefused", "policy", "words")
     assert not outcome.error.is_transient
     assert module(host, "acme").made == []
-    assert module(host, "acme").heard == []
+    assert module(host, "acme").heard == ["JobFailed"]
     assert "forbidden" not in str(metadata)
 
 

@@ -165,7 +165,7 @@ def test_a_wrong_message_is_told_to_its_id(
 
     assert failure(outcome)[0] == error_type
     assert said in failure(outcome)[1]
-    assert heard(host) == []
+    assert heard(host) == ["JobFailed"]
     assert outcome.callback.metadata["job_type"] == changes.get("type", "acme")
 
 
@@ -222,7 +222,7 @@ def test_a_failed_generation_is_told(acme: Callable, payload: Callable, what: st
     assert failure(outcome) == (error_type, said)
     assert outcome.callback.metadata["seed"] == 4
     assert not host.assets_dir.exists()
-    assert heard(host) == ["JobStarted", "GenerationStarted"]
+    assert heard(host) == ["JobStarted", "GenerationStarted", "JobFailed"]
     assert is_clean(host)
 
 

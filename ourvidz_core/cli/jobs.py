@@ -169,6 +169,7 @@ def _run(settings: Settings, registry: Registry, raw: bytes, show: Show | None) 
             with show:
                 watch = attrs.evolve(watch, on_progress=show.step, on_job=show.job)
                 outcome = machine.runner.run(raw, attempts=attempt_facts(1, ()), watch=watch)
+    registry.report(outcome.as_event())
     if outcome.callback is not None:
         _deliver(make_callbacks(settings), outcome.callback, settings.callback_retry_seconds)
     return outcome

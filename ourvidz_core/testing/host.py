@@ -92,7 +92,9 @@ class PluginHost:
 
     def run(self, payload: Mapping[str, Any] | bytes, *, watch: Watch | None = None) -> Outcome:
         """Take one payload, or the bytes of a message, to its outcome."""
-        return self.runner.run(_message(payload), watch=watch)
+        outcome = self.runner.run(_message(payload), watch=watch)
+        self.registry.report(outcome.as_event())
+        return outcome
 
     def parse(self, payload: Mapping[str, Any]) -> Job:
         """The job of a payload; raises ``PayloadError`` where it is wrong."""

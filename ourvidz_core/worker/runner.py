@@ -64,6 +64,21 @@ class Outcome:
     #: Wall time of the attempt.
     seconds: float = 0.0
 
+    def as_event(
+        self, *, key: str = "", attempt: int = 1, is_dead_letter: bool = False
+    ) -> events.JobCompleted | events.JobFailed:
+        """What observers are told once nothing can take this ending back; ``key`` names a job without an id."""
+        job = {"job_id": self.job_id or key, "job_type": self.job_type or ""}
+        if self.error is None:
+            return events.JobCompleted(**job, assets=len(self.assets), seconds=self.seconds)
+        return events.JobFailed(
+            **job,
+            error_type=self.error.error_type,
+            message=self.error.message,
+            attempt=attempt,
+            is_dead_letter=is_dead_letter,
+        )
+
 
 @frozen(kw_only=True)
 class Watch:
@@ -117,6 +132,7 @@ class JobRunner:
     ) -> Outcome:
         """Take one message to its outcome. Never raises a :class:`JobError`: it is in the outcome.
 
+        Observers hear of every step, and not of the end: whether the job is over is for the caller to know.
         ``attempts`` are facts about earlier tries, for the callback's metadata; ``queue`` and ``asked_at``, when it
         was asked for a job by the monotonic clock, are for observers.
         """
@@ -140,18 +156,14 @@ class JobRunner:
             return self._failed(
                 walk, InternalError(f"the worker failed: {type(error).__name__}: {error}"), time.monotonic() - started
             )
-        seconds = time.monotonic() - started
         assert walk.job is not None
-        self._registry.report(
-            events.JobCompleted(job_id=walk.job.id, job_type=walk.job.job_type, assets=len(assets), seconds=seconds)
-        )
         return Outcome(
             callback=callback,
             job_id=walk.job.id,
             job_type=walk.job.job_type,
             job=walk.job,
             assets=assets,
-            seconds=seconds,
+            seconds=time.monotonic() - started,
         )
 
     def _walk(self, raw: bytes, walk: _Walk) -> tuple[Callback, tuple[Asset, ...]]:

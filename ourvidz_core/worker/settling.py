@@ -96,7 +96,8 @@ class Settler:
         self._insist(active, lambda: self._queue.hand_back(claim, delay=delay, reason=reason))
         self._registry.report(
             events.JobRetried(
-                **_names(claim, outcome),
+                job_id=outcome.job_id or claim.key,
+                job_type=outcome.job_type or "",
                 error_type=error.error_type,
                 message=error.message,
                 attempt=claim.attempt,
@@ -126,17 +127,7 @@ class Settler:
             self.release(active, "lost to another worker")
             return
         self._tell_usage(outcome)
-        if error is None:
-            return
-        self._registry.report(
-            events.JobFailed(
-                **_names(claim, outcome),
-                error_type=error.error_type,
-                message=error.message,
-                attempt=claim.attempt,
-                is_dead_letter=letter is not None,
-            )
-        )
+        self._registry.report(outcome.as_event(key=claim.key, attempt=claim.attempt, is_dead_letter=letter is not None))
 
     def _tell_usage(self, outcome: Outcome) -> None:
         for record in (worker_record(self._settings.worker_name, outcome), completion_record(outcome)):
@@ -173,11 +164,6 @@ class Settler:
                 logger.warning("job %s waits to be settled: %s", active.claim.key, error)
                 time.sleep(backoff)
                 backoff = min(backoff * 2, _LONGEST_BACKOFF)
-
-
-def _names(claim: Claim, outcome: Outcome) -> dict[str, str]:
-    """What events call a job, whose message may be beyond reading."""
-    return {"job_id": outcome.job_id or claim.key, "job_type": outcome.job_type or ""}
 
 
 def _queued(claim: Claim, callback: Callback) -> QueuedCallback:
