@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import attrs
 import pytest
+from PIL import Image
 
 from ourvidz_core.delivery.callbacks import RecordingCallbacks
 from ourvidz_core.delivery.memory_queue import MemoryQueue
@@ -26,10 +29,10 @@ from ourvidz_core.errors import (
 )
 from ourvidz_core.settings import Settings
 from ourvidz_core.testing.host import PluginHost, plugin_of
-from ourvidz_core.wire.artifacts import FinishedGeneration
+from ourvidz_core.wire.artifacts import Artifact, FinishedGeneration, Generation
 from ourvidz_core.wire.events import Event
 from ourvidz_core.wire.jobs import Job
-from ourvidz_core.worker.parts import WorkerParts
+from ourvidz_core.worker.parts import ActiveJob, ActiveJobs, WorkerParts
 from ourvidz_core.worker.slot import EngineSlot
 from ourvidz_core.worker.worker import Until, Worker
 
@@ -320,6 +323,93 @@ def test_an_outcome_waits_in_the_spool_while_the_queue_is_away_and_the_worker_ca
     assert json.loads(callback.body)["metadata"]["error_type"] == "EngineCrashed"
     assert bench.queue.depth(QUEUE).in_flight == 0
     assert not list((tmp_path / "spool").glob("*.jsonl"))
+
+
+def test_a_job_that_another_worker_has_finished_is_not_told_as_over_here(
+    bench_of: Callable[..., Bench], tmp_path: Path
+) -> None:
+    bench = bench_of()
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    fences: list[FinishAnswer] = []
+
+    def finish_late(job: Job, *, work_dir: Path, **_: object) -> FinishedGeneration:
+        """The lease runs out meanwhile: somebody else takes the job and ends it."""
+        (claim,) = bench.worker._jobs.all()
+        bench.worker._queue.hand_back(claim.claim, delay=0.0)
+        other = bench.queue.claim((QUEUE,), worker="other", lease=60)
+        fences.append(bench.queue.finish(other, is_final=True))
+        path = shutil.copy(picture, work_dir)
+        generation = Generation(artifacts=(Artifact(path=Path(path), media_type="image/png"),))
+        return FinishedGeneration(job=job, generation=generation, seconds=1.0)
+
+    bench.worker._parts.slot._engine = SimpleNamespace(run=finish_late, close=lambda: None)
+    bench.push("a")
+    bench.thread.start()
+    bench.wait_for(lambda: "JobReleased" in bench.heard())
+    assert fences == [FinishAnswer.DONE]
+    assert "AssetStored" in bench.heard()
+    assert "JobCompleted" not in bench.heard()
+
+
+def test_jobs_of_two_queues_whose_tokens_are_equal_are_two_jobs() -> None:
+    queue, jobs = MemoryQueue(), ActiveJobs()
+    for name in ("sdxl_queue", "wan_queue"):
+        queue.push(name, message(name))
+    first, second = (
+        ActiveJob(claim=queue.claim((name,), worker="w", lease=60), held_until=0.0)
+        for name in ("sdxl_queue", "wan_queue")
+    )
+    assert first.claim.token == second.claim.token
+    jobs.add(first)
+    jobs.add(second)
+    assert jobs.all() == [first, second]
+    jobs.remove(second)
+    assert (first in jobs, second in jobs) == (True, False)
+
+
+def test_a_callback_that_nobody_can_read_keeps_no_other_from_going_out(bench_of: Callable[..., Bench]) -> None:
+    bench = bench_of(JobCancelled("by the plugin"))
+    bench.push("poison")
+    claim = bench.queue.claim((QUEUE,), worker="other", lease=60)
+    row = QueuedCallback(queue=QUEUE, callback_id="poison-1", job_id="poison", body=b"[]")
+    bench.queue.finish(claim, is_final=True, callback=row)
+    bench.thread.start()
+    bench.push("good")
+    bench.wait_for(lambda: len(bench.reports("good")) == 2)
+    assert bench.reports("good")[-1]["status"] == "failed"
+
+
+def test_a_fault_that_nobody_thought_of_does_not_end_the_keeping_of_leases(
+    bench_of: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = bench_of()
+    recover, faults = bench.queue.recover, [TypeError("a row of another version")]
+    bench.queue.recover = lambda *a, **k: (_ for _ in ()).throw(faults.pop()) if faults else recover(*a, **k)
+    bench.push("a")
+    bench.thread.start()
+    bench.wait_for(lambda: not faults)
+    renewals = bench.queue.renewals
+    bench.wait_for(lambda: bench.queue.renewals > renewals)
+    assert "a row of another version" in caplog.text
+
+
+def test_a_worker_that_may_have_no_more_threads_ends_and_waits_for_none(
+    bench_of: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of()
+    start = threading.Thread.start
+
+    def refuse_jobs(thread: threading.Thread) -> None:
+        if thread.name.startswith("job-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_jobs)
+    bench.push("a")
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        bench.worker.run()
+    assert bench.queue.depth(QUEUE).in_flight == 1  # until its lease ends
 
 
 # -- the spool

@@ -53,7 +53,6 @@ class CallbackDispatcher:
         self._hold = 2 * request_timeout + 10
         self._wake = threading.Event()
         self._stopped = threading.Event()
-        self._refused: set[str] = set()
         self._random = random.Random()
         self._thread = threading.Thread(target=self._loop, name="callbacks", daemon=True)
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="callback")
@@ -69,7 +68,11 @@ class CallbackDispatcher:
     @property
     def is_idle(self) -> bool:
         """Whether every callback there is was tried, and those left were refused."""
-        return sum(self._queue.depth(queue).callbacks for queue in self._queues) <= len(self._refused)
+        return not any(
+            self._queue.depth(queue).callbacks
+            and not all(callback.failures for callback in self._queue.waiting_callbacks(queue))
+            for queue in self._queues
+        )
 
     def close(self, timeout: float = 20.0) -> None:
         """Finish the requests that are out and stop; the rest stays in the queue's books."""
@@ -86,6 +89,9 @@ class CallbackDispatcher:
                 list(self._pool.map(self._deliver, taken))
             except QueueError as error:
                 logger.warning("callbacks wait: %s", error)
+                taken, soonest = [], None
+            except Exception:  # one row that cannot be read must not keep the others from going out
+                logger.exception("callbacks wait")
                 taken, soonest = [], None
             if not taken:
                 self._wake.wait(_LONGEST_WAIT if soonest is None else min(soonest, _LONGEST_WAIT))
@@ -110,7 +116,6 @@ class CallbackDispatcher:
             logger.exception("callback of job %s could not be sent", callback.job_id)
             self._settle_refusal(callback, f"{type(error).__name__}: {error}", started, is_final=False)
         else:
-            self._refused.discard(callback.callback_id)
             self._queue.callback_delivered(callback)
             self._report(
                 CallbackDelivered(**_facts_of(callback), refusals=callback.failures, seconds=time.monotonic() - started)
@@ -123,7 +128,6 @@ class CallbackDispatcher:
         seconds = time.monotonic() - started
         self._report(CallbackRefused(**_facts_of(callback), reason=reason, seconds=seconds, is_given_up=is_final))
         if is_final:
-            self._refused.discard(callback.callback_id)
             logger.error(
                 "callback of job %s is given up after %s tries: %s", callback.job_id, callback.failures, reason
             )
@@ -137,7 +141,6 @@ class CallbackDispatcher:
             **({"ceiling_seconds": _PATIENT_WAIT_SECONDS} if is_old else {}),
         )
         delay = max(delay, wait or 0.0)
-        self._refused.add(callback.callback_id)
         logger.warning("callback of job %s goes out again in %.1f s: %s", callback.job_id, delay, reason)
         self._queue.callback_postponed(callback, delay=delay)
 

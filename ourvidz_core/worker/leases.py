@@ -51,11 +51,11 @@ class LeaseKeeper:
         while not self._stopping.complete.wait(min(_CANCEL_SECONDS, lease / 3)):
             self._vitals.turn("leases")
             is_due = time.monotonic() >= due
-            if is_due:
-                due = time.monotonic() + lease / 3
-                for active in self._jobs.all():
-                    self._renew(active, lease)
             try:
+                if is_due:
+                    due = time.monotonic() + lease / 3
+                    for active in self._jobs.all():
+                        self._renew(active, lease)
                 if is_due or len(self._jobs):
                     self._look_for_cancelled(lease)
                 if is_due:
@@ -64,6 +64,8 @@ class LeaseKeeper:
                     self._vitals.queue_answered()
             except QueueError as error:
                 logger.warning("cancelled jobs and jobs of silent workers wait: %s", error)
+            except Exception:  # whatever it is of, the leases of the other jobs go on
+                logger.exception("cancelled jobs and jobs of silent workers wait")
 
     def _renew(self, active: ActiveJob, lease: float) -> None:
         silence = time.monotonic() - active.last_sign

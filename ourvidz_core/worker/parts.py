@@ -77,14 +77,15 @@ class ActiveJobs:
     """The jobs that a worker has at once. Thread-safe."""
 
     def __init__(self) -> None:
-        self._jobs: dict[int, ActiveJob] = {}
+        # Each queue counts its own tokens.
+        self._jobs: dict[tuple[str, int], ActiveJob] = {}
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
         return len(self._jobs)
 
     def __contains__(self, job: object) -> bool:
-        return isinstance(job, ActiveJob) and job.claim.token in self._jobs
+        return isinstance(job, ActiveJob) and self._jobs.get(_place_of(job)) is job
 
     def all(self) -> list[ActiveJob]:
         """Those of this moment."""
@@ -94,13 +95,13 @@ class ActiveJobs:
     def add(self, job: ActiveJob) -> None:
         """Take one in."""
         with self._changed:
-            self._jobs[job.claim.token] = job
+            self._jobs[_place_of(job)] = job
             self._changed.notify_all()
 
     def remove(self, job: ActiveJob) -> None:
         """Let one go."""
         with self._changed:
-            self._jobs.pop(job.claim.token, None)
+            self._jobs.pop(_place_of(job), None)
             self._changed.notify_all()
 
     def mark_generated(self, job: ActiveJob) -> None:
@@ -141,3 +142,7 @@ class Stopping:
         self.handing_back = threading.Event()
         #: No job is left.
         self.complete = threading.Event()
+
+
+def _place_of(job: ActiveJob) -> tuple[str, int]:
+    return job.claim.queue, job.claim.token

@@ -207,7 +207,12 @@ class Worker:
             on_stored=lambda asset: active.note_sign(),
         )
         self._jobs.add(active)
-        threading.Thread(target=self._work_on, args=[active], name=f"job-{active.claim.token}", daemon=True).start()
+        thread = threading.Thread(target=self._work_on, args=[active], name=f"job-{active.claim.key}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # a limit of processes; nobody must wait for a job that no thread has
+            self._jobs.remove(active)
+            raise
 
     def _report_begun(self, active: ActiveJob, job: Job) -> None:
         active.job_type = job.job_type
