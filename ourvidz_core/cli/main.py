@@ -15,6 +15,7 @@ import click
 
 import ourvidz_core
 from ourvidz_core.cli.check import check_plugins
+from ourvidz_core.cli.dashboard import dashboard
 from ourvidz_core.cli.demo import demo
 from ourvidz_core.cli.doctor import doctor
 from ourvidz_core.cli.inspect import job_types, plugins
@@ -23,6 +24,7 @@ from ourvidz_core.cli.new import new
 from ourvidz_core.cli.queue import cancel, queue
 from ourvidz_core.cli.serve import worker
 from ourvidz_core.cli.status import status
+from ourvidz_core.cli.top import top
 from ourvidz_core.cli.up import up
 from ourvidz_core.cli.validate import validate
 from ourvidz_core.errors import JobError, OurVidzError, PluginError, QueueError, SettingsError
@@ -85,7 +87,23 @@ def cli(context: click.Context, log_level: str | None) -> None:
     context.obj = {"log_level": log_level}
 
 
-for _command in (run, enqueue, worker, validate, job_types, plugins, demo, queue, cancel, doctor, new, up, status):
+for _command in (
+    run,
+    enqueue,
+    worker,
+    validate,
+    job_types,
+    plugins,
+    demo,
+    queue,
+    cancel,
+    doctor,
+    new,
+    up,
+    status,
+    dashboard,
+    top,
+):
     cli.add_command(_command)
 plugins.add_command(check_plugins)
 

@@ -80,6 +80,18 @@ class InspectableStorage(Storage, Protocol):
         ...
 
 
+@runtime_checkable
+class ViewableStorage(Storage, Protocol):
+    """A storage whose assets can be shown to an operator."""
+
+    def view(self, bucket: str, path: str) -> Path | str:
+        """The file of an asset on this machine, or an http address that shows it for a while.
+
+        :raises StorageError: there is no such asset, or none that may be shown.
+        """
+        ...
+
+
 class SupabaseStorage:
     """Assets in the buckets of a Supabase project, over its HTTP interface."""
 
@@ -140,6 +152,11 @@ class SupabaseStorage:
             answer = self._ask("DELETE", f"/object/{target.encoded}", target, deadline)
         if not answer.is_success:
             raise StorageUnavailable(f"{target} was not removed; storage answered {answer.status}: {answer.message}")
+
+    def view(self, bucket: str, path: str) -> str:
+        """See :meth:`ViewableStorage.view`. A signed address, also where the bucket is public."""
+        check_place(bucket, path)
+        return self._signed_url(_Target(bucket, path, "", 0))
 
     def close(self) -> None:
         """Close the session, if it was made here."""
@@ -287,6 +304,14 @@ class DirectoryStorage:
         with suppress(OSError):  # others' files are there
             destination.parent.rmdir()
             (self.root / bucket).rmdir()
+
+    def view(self, bucket: str, path: str) -> Path:
+        """See :meth:`ViewableStorage.view`."""
+        check_place(bucket, path)
+        destination = self._destination(bucket, path)
+        if destination.is_symlink() or not destination.is_file():
+            raise AssetRejected(f"{bucket}/{path} is no file in {self.root}")
+        return destination
 
     def close(self) -> None:
         """There is nothing to close."""
