@@ -51,7 +51,7 @@ error says what happened, to which thing, and what to do now.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from attrs import frozen
 
@@ -81,20 +81,21 @@ class RequiredPluginMissing(PluginError):
 
 
 class JobError(OurVidzError):
-    """One job cannot go on. The worker turns it into the job's ``failed`` callback."""
+    """One job cannot go on. The worker turns it into the job's ``failed`` callback.
 
-    is_transient: ClassVar[bool] = False
+    A plugin may derive classes of its own: of the one that says best what the worker shall do,
+    or with ``is_transient = True`` where another try may succeed.
+    """
+
+    is_transient: bool = False
 
     def __init__(self, message: str, *, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.message = message
         #: JSON-safe facts for the callback's metadata.
         self.details: Mapping[str, Any] = dict(details or {})
-
-    @property
-    def error_type(self) -> str:
-        """The ``error_type`` of the callback."""
-        return type(self).__name__
+        #: The ``error_type`` of the callback.
+        self.error_type = type(self).__name__
 
 
 @frozen
@@ -182,12 +183,8 @@ class HookFailed(JobError):
         details: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message, details=details)
-        self._error_type = error_type
-
-    @property
-    def error_type(self) -> str:
-        """The name of the exception that the hook raised, if it raised one."""
-        return self._error_type
+        #: The name of the exception that the hook raised, if it raised one.
+        self.error_type = error_type
 
 
 class MetadataClash(JobError):

@@ -8,7 +8,7 @@ import pytest
 
 from ourvidz_core import errors
 from ourvidz_core.engine.protocol import decode_error, encode_error
-from ourvidz_core.errors import Fault, HookFailed, JobError, OurVidzError, PayloadError
+from ourvidz_core.errors import Fault, GenerationError, JobError, OurVidzError, OutOfMemory, PayloadError
 
 CLASSES = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, OurVidzError)}
 JOB_ERRORS = [cls for cls in CLASSES.values() if issubclass(cls, JobError)]
@@ -47,14 +47,23 @@ def test_a_job_error_names_its_type_and_crosses_the_pipe(cls: type[JobError]) ->
     assert arrived.is_transient is error.is_transient
 
 
-def test_what_a_plugin_raised_keeps_its_name_across_the_pipe() -> None:
-    class AcmeBroke(JobError):
+def test_what_a_plugin_derives_stays_what_it_is_across_the_pipe_and_keeps_its_name() -> None:
+    class AcmeRanOut(OutOfMemory):
         pass
 
-    arrived = decode_error(encode_error(AcmeBroke("the acme broke")))
+    class AcmeServerBusy(GenerationError):
+        is_transient = True
 
-    assert isinstance(arrived, HookFailed)
-    assert arrived.error_type == "AcmeBroke"
+    class StorageUnavailable(JobError):
+        """A plugin's own, which only has the name of one of ours."""
+
+    ran_out, busy, other = (
+        decode_error(encode_error(cls("no"))) for cls in (AcmeRanOut, AcmeServerBusy, StorageUnavailable)
+    )
+
+    assert (type(ran_out), ran_out.error_type, ran_out.is_transient) == (OutOfMemory, "AcmeRanOut", True)
+    assert (type(busy), busy.error_type, busy.is_transient) == (GenerationError, "AcmeServerBusy", True)
+    assert (type(other), other.error_type, other.is_transient) == (JobError, "StorageUnavailable", False)
 
 
 def test_a_payload_error_lists_every_fault() -> None:

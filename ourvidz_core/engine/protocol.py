@@ -180,16 +180,23 @@ def decode_job(body: Mapping[str, Any], registry: Registry) -> Job:
 def encode_error(error: JobError) -> dict[str, Any]:
     """``error`` as JSON."""
     return {
-        "class": type(error).__name__,
+        "class": _known_class(type(error)).__name__,
         "message": error.message,
         "error_type": error.error_type,
+        "is_transient": error.is_transient,
         "details": dict(error.details),
     }
 
 
 def decode_error(body: Mapping[str, Any]) -> JobError:
-    """The error that :func:`encode_error` wrote, as its own class where that is one of ours."""
-    cls = getattr(ourvidz_core.errors, body["class"], None)
-    if isinstance(cls, type) and issubclass(cls, JobError) and cls is not HookFailed:
-        return cls(body["message"], details=body["details"])
-    return HookFailed(body["message"], error_type=body["error_type"], details=body["details"])
+    """The error that :func:`encode_error` wrote: a plugin's own as the class of ours that it is one of."""
+    cls = getattr(ourvidz_core.errors, body["class"])
+    if not (isinstance(cls, type) and issubclass(cls, JobError)):
+        raise TypeError(f"{cls!r} is no error of a job")
+    error = cls(body["message"], details=body["details"])
+    error.error_type, error.is_transient = str(body["error_type"]), body["is_transient"] is True
+    return error
+
+
+def _known_class(cls: type[JobError]) -> type[JobError]:
+    return next(base for base in cls.__mro__ if vars(ourvidz_core.errors).get(base.__name__) is base)
