@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,25 @@ from ourvidz_core.engine.provenance import file_facts, xmp_packet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 _XMP_KEYWORD = "XML:com.adobe.xmp"
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+#: Images of these modes are packed by ISA-L, in an eighth of the time that Pillow takes for a tenth less
+#: (docs/explanation/performance.md); the number is PNG's colour type. Others are left to Pillow.
+_COLOUR_TYPES: Mapping[str, int] = {"L": 0, "RGB": 2, "RGBA": 6}
+#: What an image may bring along that only Pillow writes.
+_ONLY_PILLOW_WRITES = {"icc_profile", "transparency"}
+#: PNG's filter "Up": a row is written as its difference from the one above.
+_UP = b"\x02"
+_LEVEL = 1
 
 
-def write_png(image: Image, path: Path, facts: Mapping[str, Any], *, compress_level: int = 4) -> None:
+def write_png(image: Image, path: Path, facts: Mapping[str, Any]) -> None:
     """Write ``image`` to ``path`` with ``facts`` as text entries and the AI-media mark.
 
     The same image and facts make the same bytes. ``facts["prompt"]`` is also the XMP description.
+    Most of the work lets go of Python's lock, so threads write several images beside each other.
     """
     from PIL.PngImagePlugin import PngInfo
 
@@ -25,7 +37,35 @@ def write_png(image: Image, path: Path, facts: Mapping[str, Any], *, compress_le
     info.add_itxt(_XMP_KEYWORD, xmp_packet(str(facts.get("prompt", ""))))
     for key, text in file_facts(facts).items():
         info.add_itxt(key, text)
-    image.save(path, format="PNG", pnginfo=info, compress_level=compress_level)
+    if image.mode in _COLOUR_TYPES and not _ONLY_PILLOW_WRITES & image.info.keys():
+        _write_quickly(image, path, info)
+    else:
+        image.save(path, format="PNG", pnginfo=info)
+
+
+def _write_quickly(image: Image, path: Path, info: PngInfo) -> None:
+    from isal import isal_zlib
+    from PIL.PngImagePlugin import putchunk
+
+    header = struct.pack(">IIBBBBB", image.width, image.height, 8, _COLOUR_TYPES[image.mode], 0, 0, 0)
+    with path.open("wb") as file:
+        file.write(_SIGNATURE)
+        putchunk(file, b"IHDR", header)
+        for kind, body, *_ in info.chunks:
+            putchunk(file, kind, body)
+        putchunk(file, b"IDAT", isal_zlib.compress(_filtered(image), _LEVEL))
+        putchunk(file, b"IEND", b"")
+
+
+def _filtered(image: Image) -> bytes:
+    import PIL.Image
+    from PIL import ImageChops
+
+    above = PIL.Image.new(image.mode, image.size, 0)
+    above.paste(image, (0, 1))
+    rows = ImageChops.subtract_modulo(image, above).tobytes()
+    stride = image.width * len(image.getbands())
+    return b"".join(_UP + rows[start : start + stride] for start in range(0, len(rows), stride))
 
 
 def read_facts(path: Path) -> dict[str, str]:

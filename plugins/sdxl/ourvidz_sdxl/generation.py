@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +64,10 @@ def generate_images(job: Job, context: JobContext) -> Generation:
         on_step=lambda step, total: context.progress(step, total, stage="denoise"),
     )
     facts = _facts(job, request=request, drawn=drawn, negative=negative, model=model, model_path=model_path)
-    artifacts = tuple(
-        _write(image, context.output_path("png"), seed=seed, job=job, request=request, facts=facts)
-        for seed, image in zip(request.seeds, drawn.images, strict=True)
-    )
+    paths = [context.output_path("png") for _ in drawn.images]
+    with ThreadPoolExecutor(len(paths)) as pool:
+        write = partial(_write, job=job, request=request, facts=facts)
+        artifacts = tuple(pool.map(write, drawn.images, paths, request.seeds))
     return Generation(artifacts=artifacts, facts=facts)
 
 
@@ -159,7 +161,7 @@ def _facts(
 
 
 def _write(
-    image: Image, path: Path, *, seed: int, job: Job, request: ImageRequest, facts: Mapping[str, Any]
+    image: Image, path: Path, seed: int, *, job: Job, request: ImageRequest, facts: Mapping[str, Any]
 ) -> Artifact:
     write_png(
         image,
