@@ -68,6 +68,9 @@ def tables_of(values: Sequence[Mapping[str, Any]]) -> list[WorkerTable]:
             tables.append(structure(value, WorkerTable, path=f"[[ourvidz.workers]] number {number}"))
         except PayloadError as error:
             raise SettingsError(error.message) from None
+        for name, text in tables[-1].environment.items():
+            if not name or "=" in name or "\0" in name + text:  # no process can be started with it
+                raise SettingsError(f"[[ourvidz.workers]] number {number} has {name!r} in its environment")
     return tables
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
-import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from attrs import field, frozen
 from cattrs.preconf.json import make_converter
@@ -16,7 +18,11 @@ from ourvidz_core.errors import PayloadError, SettingsError
 from ourvidz_core.orchestrator.slots import SlotState
 from ourvidz_core.wire.payloads import structure
 
+logger = logging.getLogger(__name__)
+
 _converter = make_converter()
+_LOCK_TRIES = 10
+_LOCK_SECONDS = 0.05
 
 
 @frozen(kw_only=True)
@@ -71,10 +77,9 @@ class ReportFile:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path = directory / "status.json"
+        self._is_stale = False
         self._lock = (directory / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _is_locked_soon(self._lock):
             self._lock.close()
             raise SettingsError(
                 f"another ourvidz up runs with the state directory {directory.parent}; ourvidz status shows it."
@@ -82,18 +87,32 @@ class ReportFile:
             ) from None
 
     def write(self, report: OrchestratorReport) -> None:
-        """Replace what the file says. A full disk must not end the workers, so a failure is ignored."""
+        """Replace what the file says. A full disk must not end the workers, so a failure is only logged, once."""
+        temporary = self._path.with_suffix(".new")  # whoever holds the lock is the only one who writes
         try:
-            descriptor, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=".status-")
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(_converter.unstructure(report), file)
+            temporary.write_text(json.dumps(_converter.unstructure(report)), "utf-8")
             os.replace(temporary, self._path)
-        except OSError:
-            return
+            self._is_stale = False
+        except OSError as error:
+            if not self._is_stale:
+                logger.warning("ourvidz status shows what was: %s cannot be written (%s)", self._path, error.strerror)
+            self._is_stale = True
 
     def close(self) -> None:
         """Leave the file as the last word, and let another orchestrator have it."""
         self._lock.close()
+
+
+def _is_locked_soon(file: IO[str]) -> bool:
+    """Whether the lock can be had. Whoever reads the report holds it for an instant, too."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOCK_SECONDS)
+        else:
+            return True
+    return False
 
 
 def read_report(directory: Path) -> tuple[OrchestratorReport | None, bool]:

@@ -112,6 +112,8 @@ def test_the_tables_of_the_documentation_are_a_plan(tmp_path: Path) -> None:
         ([{"name": "a", "gpu": [0]}], "gpu; it may have name, queues, gpus, environment"),
         ([{"name": "a"}, {"name": "a"}], "two workers are called a"),
         ([{"name": "a", "queues": ["wan_qeue"]}], "wan_qeue; the queues are sdxl_queue, wan_queue"),
+        ([{"name": "a", "environment": {"A=B": "x"}}], "number 1 has 'A=B' in its environment"),
+        ([{"name": "a", "environment": {"A": "x\0"}}], "number 1 has 'A' in its environment"),
         ([{"name": "a/b"}], "'a/b' cannot be a worker's name"),
         ([{"name": "a", "gpus": [2]}], "GPU 2 is not among CUDA_VISIBLE_DEVICES=4,5"),
     ],
