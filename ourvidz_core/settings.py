@@ -56,6 +56,7 @@ WELL_KNOWN_NAMES = {
     "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
     "otlp_headers": "OTEL_EXPORTER_OTLP_HEADERS",
 }
+_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 #: Addresses that may hold a token, and that nothing in an engine has a use for.
 _ENDPOINTS = ("callback_url", "metrics_url")
 
@@ -124,7 +125,8 @@ class Settings:
 
     # -- queue
     redis_url: SecretStr = secret(
-        factory=_secret_default, help="Redis as redis://, rediss:// or unix://. Without it an embedded Redis is started"
+        factory=_secret_default,
+        help="Redis as redis://, rediss:// or unix://. Without it an embedded Redis is started",
     )
     upstash_redis_rest_url: str | None = option(
         default=None, help="REST address of a managed Redis; its native address is derived from it"
@@ -318,8 +320,16 @@ class Settings:
 
     @property
     def redis_address(self) -> str | None:
-        """The native address of the configured Redis, or None for an embedded one."""
+        """The native address of the configured Redis, or None for an embedded one.
+
+        :raises SettingsError: what is set is no address of a Redis.
+        """
         if self.redis_url:
+            if not str(self.redis_url).startswith(_REDIS_SCHEMES):
+                raise SettingsError(
+                    f"REDIS_URL must begin with {', '.join(_REDIS_SCHEMES)};"
+                    " the REST address of a managed Redis is UPSTASH_REDIS_REST_URL"
+                )
             return str(self.redis_url)
         if not self.upstash_redis_rest_url:
             return None

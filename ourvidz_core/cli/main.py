@@ -1,7 +1,8 @@
 """``ourvidz``: the group of all commands, and how their errors reach a person.
 
-Exit codes: 0 all is well; 1 a job failed; 2 wrong use, setting or plugin; 3 a service
-that is needed does not answer; 130 interrupted.
+Exit codes: 0 all is well; 1 what was asked about is not: a job failed, a check is red, a
+message is wrong, a worker does not stay up; 2 wrong use, setting or plugin; 3 a service that
+is needed does not answer; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -125,6 +126,15 @@ def main(arguments: list[str] | None = None) -> int:
         return _exit_code(error)
     except BrokenPipeError:
         return EXIT_JOB_FAILED  # the reader of our output has left
+    except OSError as error:
+        if error.filename is None:
+            raise
+        click.echo(
+            f"{type(error).__name__}: {error.filename} cannot be used: {error.strerror}."
+            " OURVIDZ_STATE_DIR and OURVIDZ_WORK_DIR must be directories that this user may write to",
+            err=True,
+        )
+        return EXIT_WRONG_USE
     return answer if isinstance(answer, int) else 0
 
 

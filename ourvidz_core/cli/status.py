@@ -27,7 +27,8 @@ _SHOWN_LINES = 5
 def status(as_json: bool) -> int:
     """Show the workers that ourvidz up runs here, and what every worker on this Redis is doing.
 
-    Ends with 1 where a worker ends again and again, or the orchestrator has died.
+    Ends with 1 where a worker ends again and again, or the orchestrator has died; with 3 where
+    Redis does not answer.
     """
     from ourvidz_core.orchestrator.report import read_report
 
@@ -50,7 +51,7 @@ def status(as_json: bool) -> int:
         if trouble is not None:
             click.echo(f"what the workers are doing is not known: {trouble}")
     loops = report is not None and is_alive and any(worker.is_looping for worker in report.workers)
-    return 1 if loops or died else 0
+    return 1 if loops or died else 0 if trouble is None else 3
 
 
 def describe_loop(worker: WorkerReport, now: float) -> str:
