@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(patsubst plugins/%/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 DEMO := demo-output
-MODELS := $(DEMO)/models
 SOURCES := conftest.py pytest_ourvidz.py ourvidz_core $(PLUGINS:%=plugins/%) examples tests benchmarks docs deploy
 # Anew each time, for pages that did not change are not warned about again, and pages that went would stay.
 SITE = rm -rf site && $(BIN)/python -m sphinx --quiet --fail-on-warning docs site && $(BIN)/python docs/check_site.py site
@@ -19,8 +18,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check audit format docs dist benchmarks clean
 
-demo: $(VENV)/installed $(MODELS)/made
-	OURVIDZ_SDXL_MODEL=demo OURVIDZ_ENHANCER_MODEL=demo OURVIDZ_WAN_CKPT_DIR=$(CURDIR)/$(MODELS)/wan \
+# One job at a time works here, on all cores.
+demo: export OMP_NUM_THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+demo: $(VENV)/installed
+	OURVIDZ_SDXL_MODEL=demo OURVIDZ_WAN_CKPT_DIR=demo OURVIDZ_ENHANCER_MODEL=demo \
 		$(BIN)/ourvidz --log-level warning demo --messages examples/demo --out $(DEMO)
 
 # A test that kills processes on a busy machine may miss its moment once: it gets one more try, and is listed as rerun.
@@ -57,6 +58,7 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python -m benchmarks.up_soak
+	$(BIN)/python -m benchmarks.scale
 
 clean:
 	rm -rf $(VENV) $(DEMO) site dist
@@ -68,9 +70,4 @@ $(VENV)/installed: pyproject.toml constraints.txt $(wildcard plugins/*/pyproject
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev \
 		--editable '.[embedded,video]' $(PLUGINS:%=--editable plugins/%) --editable examples/acme-upscale --editable examples/models/demo_models
-	touch $@
-
-$(MODELS)/made: $(VENV)/installed examples/models/tiny_wan.py
-	mkdir -p $(MODELS)
-	$(BIN)/python examples/models/tiny_wan.py $(MODELS)/wan
 	touch $@

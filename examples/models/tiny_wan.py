@@ -144,7 +144,7 @@ def save(pipeline: DiffusionPipeline, directory: Path) -> None:
     (directory / "variant.toml").write_text(VARIANT, "utf-8")
 
 
-def save_native(pipeline: DiffusionPipeline, directory: Path) -> None:
+def save_native(pipeline: DiffusionPipeline, directory: Path, variant: str = VARIANT) -> None:
     """Write the layout that WAN was published in."""
     directory.mkdir(parents=True, exist_ok=True)
     transformer = {native_transformer_name(n): w.contiguous() for n, w in pipeline.transformer.state_dict().items()}
@@ -160,7 +160,7 @@ def save_native(pipeline: DiffusionPipeline, directory: Path) -> None:
     (directory / "config.json").write_text(
         json.dumps({"num_heads": config.num_attention_heads, "num_layers": config.num_layers}), "utf-8"
     )
-    (directory / "variant.toml").write_text(VARIANT, "utf-8")
+    (directory / "variant.toml").write_text(variant, "utf-8")
 
 
 TRANSFORMER_NAMES = (

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.models import scenes, training, vocabularies
+from examples.models import scenes, tiny_wan, training, vocabularies
 
 logger = logging.getLogger("train_wan")
 
@@ -47,13 +47,14 @@ _MOST_TOKENS = 72
 _TEXT_LENGTH = 512
 #: Training's noise levels lie as sampling's do.
 _SHIFT = 5.0
-_KL_WEIGHT = 1e-4
+#: For each latent value.
+_KL_WEIGHT = 1e-3
 #: Of the autoencoder's training; clips follow.
 _PICTURES_PART = 0.4
 
 VARIANT = """\
 # A small model that draws coloured shapes that move; see README.md. 480*832 is 64x112 here.
-name = "demo-wan"
+name = "demo"
 size_scale = 0.14
 # It has never seen people, so their deformities mean nothing to it.
 negative_prompt = ""
@@ -112,10 +113,15 @@ def train_vae(pipeline: Any, run: training.Run, device: torch.device, seed: int,
                 posterior = encode_whole(vae, clip)
                 decoded = decode_whole(vae, posterior.sample())
             error = decoded.float() - clip
-            square, kl = error.square().mean(), posterior.kl().mean() / posterior.mean[0].numel()
+            square, kl = error.square().mean(), divergence(posterior)
             run.learn(4 * square + error.abs().mean() + _KL_WEIGHT * kl, square=square, kl=kl)
     run.average()
-    measure_latents(vae, scenes.draw_scenes(256 if on_gpu else 8, seed, video=True), device)
+    fit_latents(vae, scenes.draw_scenes(256 if on_gpu else 8, seed, video=True), device)
+
+
+def divergence(posterior: Any) -> torch.Tensor:
+    """How far the encoder is from saying nothing, in nats for each latent value (the library leaves out the width)."""
+    return 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
 
 
 def render_pool(drawn: list[scenes.Scene], width: int, height: int, device: torch.device) -> torch.Tensor:
@@ -237,17 +243,31 @@ def _resampled(layer: Any, states: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def measure_latents(vae: Any, drawn: list[scenes.Scene], device: torch.device) -> None:
-    """Write mean and spread of the latents into the configuration, where the pipeline looks for them."""
+def fit_latents(vae: Any, drawn: list[scenes.Scene], device: torch.device) -> None:
+    """Move mean and spread of the latents to those that WAN publishes; what they decode to stays the same.
+
+    The native layout says neither, and whoever loads it takes the published ones.
+    """
     encoded = []
     for i in range(0, len(drawn), 16):
         clip = scenes.render_frames(drawn[i : i + 16], *SIZES[0], 33 if device.type == "cuda" else 5, device)
         encoded.append(encode_whole(vae, clip).mean)
     latents = torch.cat(encoded)
-    vae.register_to_config(
-        latents_mean=[round(float(value), 5) for value in latents.mean((0, 2, 3, 4))],
-        latents_std=[round(float(value), 5) for value in latents.std((0, 2, 3, 4))],
+    move_latents(vae, latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
+
+
+def move_latents(vae: Any, mean: torch.Tensor, spread: torch.Tensor) -> None:
+    """Let the latents have the configured mean and spread in place of ``mean`` and ``spread``, by channel."""
+    wanted_mean, wanted_spread = (
+        torch.tensor(values, device=mean.device) for values in (vae.config.latents_mean, vae.config.latents_std)
     )
+    scale, channels = wanted_spread / spread, len(mean)
+    into, out = vae.quant_conv, vae.post_quant_conv
+    out.bias.add_(out.weight[..., 0, 0, 0] @ (mean - wanted_mean / scale))
+    out.weight.div_(scale.view(1, -1, 1, 1, 1))
+    into.weight[:channels].mul_(scale.view(-1, 1, 1, 1, 1))
+    into.bias[:channels].sub_(mean).mul_(scale).add_(wanted_mean)
+    into.bias[channels:].add_(2 * scale.log())
 
 
 def normalised(vae: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -374,6 +394,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--plain-part", type=float, default=PLAIN_PART, help="part of the training without guidance")
+    parser.add_argument("--native", type=Path, help="where to write the model in the layout that WAN was published in")
     parser.add_argument("--vae-channels", type=int, default=VAE_CHANNELS)
     chosen = parser.parse_args()
     device = training.start(chosen.seed)
@@ -411,6 +432,8 @@ def main() -> None:
     )
     train_transformer(pipeline, run, device, chosen.seed, chosen.batch, chosen.scenes or 20000, chosen.plain_part)
     training.export(pipeline, chosen.directory, VARIANT)
+    if chosen.native and training.rank() == 0:
+        tiny_wan.save_native(pipeline, chosen.native, VARIANT)
     logger.info("written to %s", chosen.directory)
 
 

@@ -215,6 +215,10 @@ def export(pipeline: Any, directory: Path, variant: str) -> None:
         if isinstance(component, torch.nn.Module):
             component.to("cpu", torch.float16)
     pipeline.save_pretrained(str(directory), max_shard_size="13MB")
+    for path in directory.rglob("config.json"):
+        # Where the weights that it began with lay is nobody's business.
+        config = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     (directory / "variant.toml").write_text(variant, "utf-8")
 
 

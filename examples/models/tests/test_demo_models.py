@@ -6,9 +6,12 @@ import ourvidz_demo_models
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from ourvidz_wan.checkpoints import load_models
+from ourvidz_wan.tasks import TASKS
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from examples.models import measure, scenes, train_qwen, train_sdxl, training
+from docs import measure_reference_frames as reference_frames
+from examples.models import measure, scenes, train_qwen, train_sdxl, train_wan, training
 
 torch.set_num_threads(1)
 
@@ -81,6 +84,50 @@ def test_qwen_makes_a_whole_scene_that_keeps_the_words(prompt):
     assert int(answer[-1]) == tokenizer.eos_token_id
     assert scenes.read_caption(words) is not None
     assert scenes.scene_words(prompt) <= scenes.scene_words(words)
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return load_models(ourvidz_demo_models.path("wan"), TASKS["t2v-1.3B"])
+
+
+@pytest.fixture(scope="module")
+def led(wan, tmp_path_factory):
+    """Figures of one scene's videos: led by its own first frame, by both ends, and by a plain pin of the first."""
+    case = next(iter(reference_frames.make_cases(1, wan, tmp_path_factory.mktemp("references"))))
+
+    def video(taken=None):
+        return reference_frames.generate(wan, case, 5, taken, frames=41)
+
+    free = video()
+
+    def figures(mode):
+        return reference_frames.measure(case, video(reference_frames.MODES[mode]), free)
+
+    with reference_frames.pinning(correlation=0.0, share=0.0):
+        plain = figures("start")
+    return {"start": figures("start"), "both": figures("both"), "plain": plain}
+
+
+def test_the_video_autoencoder_keeps_scenes_that_it_never_saw(wan):
+    drawn = scenes.draw_scenes(2, 21, video=True, held_out=True)
+    clips = scenes.render_frames(drawn, *train_wan.SIZES[0], train_wan.FRAMES)[:, :, :17]
+    with torch.no_grad():
+        again = wan.pipeline.vae.decode(wan.pipeline.vae.encode(clips).latent_dist.mode()).sample
+    assert training.psnr(again, clips) > 30.0
+
+
+def test_pinned_frames_show_their_pictures(led):
+    assert min(led["start"]["first"], led["both"]["first"]) > 28.0
+    assert led["both"]["last"] > 25.0
+
+
+def test_pinned_videos_still_move(led):
+    assert min(led["start"]["motion"], led["both"]["motion"]) > 0.5
+
+
+def test_a_pin_that_reaches_its_neighbours_jumps_less_than_a_plain_one(led):
+    assert led["start"]["jump at the start"] < led["plain"]["jump at the start"] / 3
 
 
 def test_no_file_is_too_large_for_a_repository():

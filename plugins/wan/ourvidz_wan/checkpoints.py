@@ -78,6 +78,8 @@ class WanModels:
     pipeline: Any = field(repr=False)
     #: Encoded reference pictures, by what they show: see ``sampling``.
     stills: OrderedDict[tuple[str, int], torch.Tensor] = field(factory=OrderedDict, repr=False)
+    #: Encoded texts, by what they say.
+    texts: OrderedDict[str, torch.Tensor] = field(factory=OrderedDict, repr=False)
 
 
 def load_models(
@@ -231,7 +233,10 @@ def _transformer_config(weights: Mapping[str, torch.Tensor], directory: Path) ->
 def _native_vae(path: Path) -> torch.nn.Module:
     weights = _load_pickle(path)
     config = _shipped("vae")
-    config["base_dim"] = weights["encoder.conv1.weight"].shape[0]
+    base = config["base_dim"] = weights["encoder.conv1.weight"].shape[0]
+    # Two residual blocks a level, and a downsampler after all levels but the last.
+    widths = [weights[f"encoder.downsamples.{3 * level}.residual.2.weight"].shape[0] for level in range(4)]
+    config["dim_mult"] = [width // base for width in widths]
     config["decoder_base_dim"] = weights["decoder.head.0.gamma"].shape[0]
     config["z_dim"] = weights["conv2.weight"].shape[0]
     return _from_single_file(AutoencoderKLWan, weights, config)

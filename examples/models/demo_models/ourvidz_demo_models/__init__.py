@@ -8,13 +8,14 @@ _HERE = Path(__file__).resolve().parent
 
 #: What the entry points of the group ``ourvidz.models`` name.
 SDXL = _HERE / "sdxl"
+WAN = _HERE / "wan"
 QWEN = _HERE / "qwen"
 
-_FAMILIES = {"sdxl": SDXL, "qwen": QWEN}
+_FAMILIES = {"sdxl": SDXL, "wan": WAN, "qwen": QWEN}
 
 
 def path(family: str) -> Path:
-    """The directory of the model of this family: ``sdxl`` or ``qwen``.
+    """The directory of the model of this family: ``sdxl``, ``wan`` or ``qwen``.
 
     >>> path("sdxl").name
     'sdxl'
