@@ -56,6 +56,8 @@ WELL_KNOWN_NAMES = {
     "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
     "otlp_headers": "OTEL_EXPORTER_OTLP_HEADERS",
 }
+#: What a plugin's secret setting is called, whichever plugin's it is.
+_KEY = re.compile(r"_(?:KEY|TOKEN|SECRET|PASSWORD)$")
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 #: Addresses that may hold a token, and that nothing in an engine has a use for.
 _ENDPOINTS = ("callback_url", "metrics_url")
@@ -413,6 +415,15 @@ def engine_environment(settings: Settings, environ: Mapping[str, str] = os.envir
         and not any(_holds(value, secret) for secret in settings.secrets)
     }
     return {**kept, **settings.engine_env}
+
+
+def without_keys(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a program that an engine runs: without the keys that plugins have for their own servers.
+
+    >>> without_keys({"OURVIDZ_ACME_KEY": "k", "OURVIDZ_ACME_URL": "u", "PATH": "p"})
+    {'OURVIDZ_ACME_URL': 'u', 'PATH': 'p'}
+    """
+    return {name: value for name, value in environ.items() if not (name.startswith(PREFIX) and _KEY.search(name))}
 
 
 def _variables_of_file(path: str | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import sys
@@ -284,6 +285,20 @@ def test_a_command_gets_its_environment_over_the_engines(tmp_path: Path, monkeyp
     run_command(python(program, env={"ACME_B": "command"}), cwd=tmp_path, timeout_seconds=20)
 
     assert (tmp_path / "got").read_text() == "enginecommand"
+
+
+def test_a_command_gets_no_key_of_another_plugin_and_those_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OURVIDZ_OTHER_KEY", "other")
+    monkeypatch.setenv("OURVIDZ_ACME_TOKEN", "engine")
+    program = "import os, json; json.dump({k: v for k, v in os.environ.items() if 'OURVIDZ_' in k}, open('got', 'w'))"
+
+    run_command(python(program, env={"OURVIDZ_ACME_TOKEN": "own"}), cwd=tmp_path, timeout_seconds=20)
+
+    got = json.loads((tmp_path / "got").read_text())
+    assert got.get("OURVIDZ_ACME_TOKEN") == "own"
+    assert "OURVIDZ_OTHER_KEY" not in got
 
 
 def test_no_thread_and_no_descriptor_is_left_behind(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import IO
 
 from ourvidz_core.engine.processes import COMMAND_MARK, ending_of, kill_group, kill_marked, last_exception, new_mark
 from ourvidz_core.errors import CommandFailed, JobTimeout, OutOfMemory
+from ourvidz_core.settings import without_keys
 from ourvidz_core.wire.commands import Command
 
 #: What an error carries of a command's output; a command may print gigabytes.
@@ -50,7 +51,7 @@ def run_command(
         process = subprocess.Popen(
             command.argv,
             cwd=command.cwd or cwd,
-            env={**os.environ, **command.env, COMMAND_MARK: mark},
+            env={**without_keys(os.environ), **command.env, COMMAND_MARK: mark},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

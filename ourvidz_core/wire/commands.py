@@ -35,7 +35,8 @@ class Command:
     """
 
     argv: tuple[str, ...] = field(converter=_arguments)
-    #: Added to the engine's environment, which holds no secret of ours.
+    #: Added to the engine's environment, of which ``OURVIDZ_*_KEY``, ``_TOKEN``, ``_SECRET`` and ``_PASSWORD`` are
+    #: left out: a program that needs one of them gets it here.
     env: Mapping[str, str] = field(factory=dict)
     cwd: Path | None = None
     #: The command is stopped after this, and in any case at the job's deadline.

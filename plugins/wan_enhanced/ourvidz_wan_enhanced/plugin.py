@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import attrs
 from ourvidz_wan.config import WanSettings
 from ourvidz_wan.execution import build_wan_command, generate_wan, prepare_wan_job
 
@@ -21,7 +20,6 @@ from ourvidz_wan_enhanced.enhancement import enhance_job
 from ourvidz_wan_enhanced.files import add_facts
 from ourvidz_wan_enhanced.job_types import JOB_TYPES
 from ourvidz_wan_enhanced.jobs import parse_enhanced_job
-from ourvidz_wan_enhanced.settings import KEY_VARIABLE
 
 #: What a file says of its prompt beside the facts that WAN writes.
 FACTS_OF_FILE = ("enhancement", "enhancement_model")
@@ -48,9 +46,7 @@ def prepare_job(job: Job, context: JobContext) -> Job:
 @hookimpl
 def build_command(job: Job, context: JobContext) -> Command:
     """WAN's own command line; it carries the enhanced prompt where there is one."""
-    command = build_wan_command(job, context)
-    # The key is for the enhancer's server alone. What is set to nothing counts as not set.
-    return attrs.evolve(command, env={**command.env, KEY_VARIABLE: ""})
+    return build_wan_command(job, context)
 
 
 @hookimpl

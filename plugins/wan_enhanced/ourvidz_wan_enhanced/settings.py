@@ -10,8 +10,6 @@ from attrs import frozen, validators
 from typed_settings.cls_attrs import option, secret
 from typed_settings.types import SecretStr
 
-from ourvidz_core.settings import variable_of
-
 #: What WAN's text encoder reads of a prompt.
 ENCODER_TOKENS = 512
 
@@ -75,7 +73,3 @@ class EnhancerSettings:
     cache_size: int = option(
         default=256, validator=validators.ge(0), help="Finished enhancements that are kept in memory"
     )
-
-
-#: Where the key stands in the environment, so that it can be kept from other programs.
-KEY_VARIABLE = variable_of("key", EnhancerSettings.SECTION)
