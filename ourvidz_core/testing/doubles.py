@@ -19,7 +19,8 @@ from ourvidz_core.wire.states import EngineState
 class RecordingContext(EngineContext):
     """The context that a plugin's hooks get, on a directory of the test's; remembers the progress.
 
-    ``environ`` is all that ``settings`` reads, so a test does not depend on its machine.
+    ``environ`` is all that ``settings`` reads, so a test does not depend on its machine. With one ``models`` for
+    several contexts, what one job has loaded is warm for the next.
     """
 
     def __init__(
@@ -30,12 +31,13 @@ class RecordingContext(EngineContext):
         timeout_seconds: float = 60.0,
         device: str = "cpu",
         cancelled: threading.Event | None = None,
+        models: ModelCache | None = None,
     ) -> None:
         #: What was reported, as (stage, step, total).
         self.steps: list[tuple[str, int, int]] = []
         super().__init__(
             work_dir=work_dir,
-            models=ModelCache(),
+            models=models if models is not None else ModelCache(),
             timeout_seconds=timeout_seconds,
             device=device,
             on_progress=lambda stage, step, total: self.steps.append((stage, step, total)),

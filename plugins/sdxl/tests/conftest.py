@@ -13,8 +13,11 @@ import pytest
 # Other suites have modules of their own beside their conftest, so ours has a name of its own.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ourvidz_sdxl.settings import SdxlSettings
-from sdxl_support import TestContext, WarmModels, load_example
+from sdxl_support import load_example
+
+from ourvidz_core.engine.models import ModelCache
+from ourvidz_core.settings import variable_of
+from ourvidz_core.testing.doubles import RecordingContext
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,21 +39,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def warm_models() -> WarmModels:
-    return WarmModels()
+def warm_models() -> ModelCache:
+    return ModelCache()
 
 
 @pytest.fixture
-def new_context(tmp_path: Path, tiny_model: Path, warm_models: WarmModels) -> Callable[..., TestContext]:
+def new_context(tmp_path: Path, tiny_model: Path, warm_models: ModelCache) -> Callable[..., RecordingContext]:
     """Makes a context whose settings name the tiny model; keywords are further settings."""
     made = 0
 
-    def make(models: WarmModels = warm_models, **settings: Any) -> TestContext:
+    def make(
+        models: ModelCache = warm_models,
+        kind: type[RecordingContext] = RecordingContext,
+        device: str = "cpu",
+        **settings: Any,
+    ) -> RecordingContext:
         nonlocal made
         made += 1
         work_dir = tmp_path / f"work-{made}"
         work_dir.mkdir()
-        return TestContext(work_dir, SdxlSettings(**{"model": tiny_model, **settings}), models)
+        environ = {variable_of(name, "sdxl"): str(value) for name, value in {"model": tiny_model, **settings}.items()}
+        return kind(work_dir, environ=environ, models=models, device=device, timeout_seconds=600.0)
 
     return make
 

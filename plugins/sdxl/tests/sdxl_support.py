@@ -1,13 +1,13 @@
-"""What the tests share: a context, and messages as the producer sends them."""
+"""What the tests share: messages as the producer sends them, and what is made of them."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
@@ -17,8 +17,8 @@ from ourvidz_sdxl.plugin import generate, parse_job
 from ourvidz_sdxl.settings import SdxlSettings
 from PIL import Image
 
+from ourvidz_core.testing.doubles import RecordingContext
 from ourvidz_core.wire.artifacts import Artifact, Generation
-from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job, Reference, References
 from ourvidz_core.wire.payloads import Payload, structure_payload
@@ -29,56 +29,6 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAYLOADS = REPOSITORY / "examples" / "payloads"
 TYPES: Mapping[str, JobType] = {job_type.name: job_type for job_type in JOB_TYPES}
-
-Loaded = TypeVar("Loaded")
-
-
-class WarmModels:
-    """Keeps every model that was loaded."""
-
-    def __init__(self) -> None:
-        self.loaded: dict[str, Any] = {}
-
-    def get(self, key: str, load: Callable[[], Loaded], *, vram_gb: float = 0.0) -> Loaded:
-        if key not in self.loaded:
-            self.loaded[key] = load()
-        model: Loaded = self.loaded[key]
-        return model
-
-    def drop(self, key: str) -> None:
-        self.loaded.pop(key, None)
-
-
-class TestContext:
-    """The context of one job: real files, warm models, settings from the test."""
-
-    __test__ = False
-
-    def __init__(self, work_dir: Path, settings: SdxlSettings, models: WarmModels) -> None:
-        self.work_dir = work_dir
-        self.models = models
-        self.device = "cpu"
-        self.steps: list[tuple[str, int, int]] = []
-        self._settings = settings
-        self._outputs = 0
-
-    def settings(self, section: type[Any]) -> Any:
-        assert section is SdxlSettings
-        return self._settings
-
-    def output_path(self, extension: str) -> Path:
-        self._outputs += 1
-        return self.work_dir / f"output_{self._outputs - 1}.{extension}"
-
-    def progress(self, step: int, total: int, *, stage: str = "generate") -> None:
-        self.steps.append((stage, step, total))
-
-    @property
-    def seconds_left(self) -> float:
-        return 600.0
-
-    def run(self, command: Command) -> tuple[Artifact, ...]:
-        raise NotImplementedError
 
 
 def payload(job_type: str = "sdxl_image_fast", **changes: Any) -> Payload:
@@ -117,17 +67,20 @@ def pixels(artifact: Artifact) -> NDArray[np.int16]:
     return np.asarray(Image.open(artifact.path).convert("RGB")).astype(np.int16)
 
 
-def made(a_job: Job, context: TestContext) -> Generation:
+def made(a_job: Job, context: RecordingContext) -> Generation:
     """What the plugin makes of a job."""
     generation = generate(a_job, context)
     assert isinstance(generation, Generation)
     return generation
 
 
-def warm_model(context: TestContext) -> SdxlPipeline:
+def warm_model(context: RecordingContext) -> SdxlPipeline:
     """The model that ``context`` uses, once a job has loaded it."""
-    model = context.models.loaded[f"sdxl:{context.settings(SdxlSettings).model}"]
-    return cast("SdxlPipeline", model)
+    return context.models.get(f"sdxl:{context.settings(SdxlSettings).model}", _not_loaded)
+
+
+def _not_loaded() -> SdxlPipeline:
+    raise AssertionError("no job has loaded the model yet")
 
 
 def load_example(name: str) -> ModuleType:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
-from sdxl_support import TestContext, job, made, parsed, pixels, produced, warm_model
+from sdxl_support import job, made, parsed, pixels, produced, warm_model
 
 from ourvidz_core.engine.pictures import read_facts
 from ourvidz_core.errors import JobCancelled, OutOfMemory, PayloadError, ReferenceUnavailable
+from ourvidz_core.testing.doubles import RecordingContext
 from ourvidz_core.wire.artifacts import Artifact
 
-NewContext = Callable[..., TestContext]
+NewContext = Callable[..., RecordingContext]
 #: Where the steps are not the point.
 FEW_STEPS = {"num_inference_steps": 2}
 
@@ -187,14 +188,13 @@ def test_progress_is_told_at_every_step(new_context: NewContext) -> None:
 
 
 def test_job_stops_where_progress_says_so(new_context: NewContext) -> None:
-    class Cancelled(TestContext):
+    class Cancelled(RecordingContext):
         def progress(self, step: int, total: int, *, stage: str = "generate") -> None:
             super().progress(step, total, stage=stage)
             if step == 2:
                 raise JobCancelled("stop")
 
-    usual = new_context()
-    context = Cancelled(usual.work_dir, usual._settings, usual.models)
+    context = new_context(kind=Cancelled)
     with pytest.raises(JobCancelled):
         made(job(), context)
     assert [step for _, step, _ in context.steps] == [1, 2]

@@ -7,20 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sdxl_support import TestContext, WarmModels, job, made, pixels
+from sdxl_support import job, made, pixels
+
+from ourvidz_core.engine.models import ModelCache
+from ourvidz_core.testing.doubles import RecordingContext
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def on_gpu(new_context: Callable[..., TestContext]) -> TestContext:
-    context = new_context(models=WarmModels())
-    context.device = "cuda"
-    return context
+def on_gpu(new_context: Callable[..., RecordingContext]) -> RecordingContext:
+    return new_context(models=ModelCache(), device="cuda")
 
 
 @pytest.mark.parametrize("solver", [None, "unipc", "dpm++"])
-def test_image_of_a_batch_is_the_image_of_its_seed_on_the_gpu(on_gpu: TestContext, solver: str | None) -> None:
+def test_image_of_a_batch_is_the_image_of_its_seed_on_the_gpu(on_gpu: RecordingContext, solver: str | None) -> None:
     batch = made(job(config={"seed": 40, "num_images": 3, "sample_solver": solver}), on_gpu)
     single = made(job(config={"seed": 42, "sample_solver": solver}), on_gpu)
     difference = np.abs(pixels(batch.artifacts[2]) - pixels(single.artifacts[0]))
@@ -31,7 +32,7 @@ def test_image_of_a_batch_is_the_image_of_its_seed_on_the_gpu(on_gpu: TestContex
     assert share >= 0.99
 
 
-def test_closer_reference_is_closer_on_the_gpu(on_gpu: TestContext, reference_png: Path) -> None:
+def test_closer_reference_is_closer_on_the_gpu(on_gpu: RecordingContext, reference_png: Path) -> None:
     config = {"seed": 1, "num_images": 1}
     distances = []
     for strength in (0.3, 0.9):

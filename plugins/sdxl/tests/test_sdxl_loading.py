@@ -15,12 +15,14 @@ from ourvidz_sdxl.layout import CONFIG_FILES
 from ourvidz_sdxl.pipeline import load_pipeline
 from ourvidz_sdxl.settings import SdxlSettings, UnknownVariant
 from ourvidz_sdxl.variants import SdxlVariant
-from sdxl_support import TestContext, WarmModels, job, load_example, made, pixels
+from sdxl_support import job, load_example, made, pixels, warm_model
 
+from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.errors import ModelUnavailable, SettingsError
 from ourvidz_core.settings import load_section
+from ourvidz_core.testing.doubles import RecordingContext
 
-NewContext = Callable[..., TestContext]
+NewContext = Callable[..., RecordingContext]
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +58,7 @@ def test_checkpoint_without_configuration_says_what_to_set(
     new_context: NewContext, checkpoint: tuple[Path, Path]
 ) -> None:
     with pytest.raises(ModelUnavailable) as missing:
-        made(job(), new_context(WarmModels(), model=checkpoint[0]))
+        made(job(), new_context(ModelCache(), model=checkpoint[0]))
     message = str(missing.value)
     assert "OURVIDZ_SDXL_CONFIG_DIR" in message
     assert all(name in message for name in CONFIG_FILES)
@@ -71,7 +73,7 @@ def test_incomplete_configuration_is_named_file_by_file(
     (incomplete / "vae" / "config.json").unlink()
     shutil.rmtree(incomplete / "tokenizer_2")
     with pytest.raises(ModelUnavailable, match=r"lacks vae/config\.json, tokenizer_2 \("):
-        made(job(), new_context(WarmModels(), model=path, config_dir=incomplete))
+        made(job(), new_context(ModelCache(), model=path, config_dir=incomplete))
 
 
 def test_missing_model_is_named(new_context: NewContext, tmp_path: Path) -> None:
@@ -103,9 +105,10 @@ def test_wrong_description_of_a_model_is_unavailable(new_context: NewContext, tm
 def test_model_is_loaded_once(new_context: NewContext) -> None:
     context = new_context()
     made(job(config={"num_inference_steps": 1}), context)
-    loaded = dict(context.models.loaded)
-    made(job(config={"num_inference_steps": 1}), new_context())
-    assert context.models.loaded == loaded
+    loaded = warm_model(context)
+    again = new_context()
+    made(job(config={"num_inference_steps": 1}), again)
+    assert warm_model(again) is loaded
 
 
 @pytest.mark.parametrize(

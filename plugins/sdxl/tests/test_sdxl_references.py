@@ -15,14 +15,15 @@ from ourvidz_sdxl.edges import edge_map
 from ourvidz_sdxl.references import fit_reference, steps_for_strength
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from sdxl_support import TestContext, job, load_example, made, pixels, warm_model
+from sdxl_support import job, load_example, made, pixels, warm_model
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ourvidz_core.engine.pictures import read_facts
 from ourvidz_core.errors import ModelUnavailable
+from ourvidz_core.testing.doubles import RecordingContext
 from ourvidz_core.wire.jobs import Job
 
-NewContext = Callable[..., TestContext]
+NewContext = Callable[..., RecordingContext]
 TYPES = ("style", "composition", "character")
 
 
