@@ -35,6 +35,8 @@ from ourvidz_wan.video import read_video
 OnProgress = Callable[[int, int], None]
 #: Encoding an 81-frame still takes a noticeable part of a second, and users try one picture often.
 CACHED_STILLS = 8
+#: WAN was trained with texts of this length; shorter ones are filled up.
+TEXT_TOKENS = 512
 #: Each takes 4 MB in bfloat16. One is the negative prompt, which is nearly always the same.
 CACHED_TEXTS = 32
 _GREY = (128, 128, 128)
@@ -108,7 +110,9 @@ def encode_text(models: WanModels, text: str) -> torch.Tensor:
     """What the transformer reads of ``text``, ``[1, tokens, channels]``."""
 
     def encode() -> torch.Tensor:
-        embeddings: torch.Tensor = models.pipeline.encode_prompt(text, do_classifier_free_guidance=False)[0]
+        embeddings: torch.Tensor = models.pipeline.encode_prompt(
+            text, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
+        )[0]
         return embeddings
 
     return _remembered(models.texts, text, encode, CACHED_TEXTS)
