@@ -117,6 +117,11 @@ def _address_or_off(_: object, attribute: Any, value: str) -> None:
         raise ValueError(f"{attribute.name} must be host:port or off, not {value!r}")
 
 
+def _device(_: object, attribute: Any, value: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError(f"{attribute.name} must be auto, cpu, cuda or cuda:N, not {value!r}")
+
+
 def _secret_default() -> SecretStr:
     return SecretStr("")
 
@@ -168,7 +173,8 @@ class Settings:
         factory=_secret_default, help="Service key for storage and, unless callback_key is set, for callbacks"
     )
     storage_dir: Path | None = option(
-        default=None, help="Directory that takes the assets where no supabase_url is set; default: assets in state_dir"
+        default=None,
+        help="Directory that takes the assets in place of Supabase; without supabase_url: assets in state_dir",
     )
     storage_backend: str | None = option(
         default=None,
@@ -180,7 +186,9 @@ class Settings:
     )
     signed_url_seconds: int = option(default=3600, validator=_positive, help="How long a signed asset URL stays valid")
     bucket_limits_mb: dict[str, float] = option(
-        factory=dict, help='Size limits of buckets that differ from the job types\' own, as JSON: {"video_fast": 80}'
+        factory=dict,
+        validator=_positive_values,
+        help='Size limits of buckets that differ from the job types\' own, as JSON: {"video_fast": 80}',
     )
     upload_timeout_seconds: float = option(default=120.0, validator=_positive, help="Time limit of one upload request")
 
@@ -200,7 +208,8 @@ class Settings:
         help="The secret before callback_secret, accepted by endpoints that do not know the new one yet",
     )
     callback_dir: Path | None = option(
-        default=None, help="Directory that records callbacks where no endpoint is set; default: callbacks in state_dir"
+        default=None,
+        help="Directory that records callbacks in place of Supabase's endpoint; without any: callbacks in state_dir",
     )
     callback_timeout_seconds: float = option(
         default=15.0, validator=_positive, help="Time limit of one callback request"
@@ -248,7 +257,7 @@ class Settings:
         validator=_positive_values,
         help='Time limits of job types that differ from their own, as JSON: {"video_high": 3600}',
     )
-    device: str = option(default="auto", help="auto, cpu, cuda or cuda:N")
+    device: str = option(default="auto", validator=_device, help="auto, cpu, cuda or cuda:N")
     vram_budget_gb: float | None = option(
         default=None,
         validator=attrs.validators.optional(_positive),
@@ -276,7 +285,9 @@ class Settings:
         default=60.0, validator=_positive, help="No restart waits longer than this, however often it has failed"
     )
     restart_reset_seconds: float = option(
-        default=300.0, validator=_positive, help="A worker that ran for this long has not failed to start"
+        default=300.0,
+        validator=_positive,
+        help="A worker that took jobs for this long has started well: its next restart waits as briefly as the first",
     )
     silence_seconds: float = option(
         default=120.0,
@@ -515,6 +526,7 @@ def _explain(error: Exception, names: Iterable[str], section: str) -> str:
     while cause is not None:
         parts.append(str(cause))
         cause = cause.__cause__
-    text = "; ".join(part for part in parts if part)
+    # The library's own heading says nothing that the variable's name does not.
+    text = re.sub(r"Could not convert loaded settings:\s*- \w+: ", "", "; ".join(part for part in parts if part))
     named = [variable_of(name, section) for name in names if re.search(rf"\b{name}\b", text)]
     return f"{', '.join(named) or 'settings'}: {text}"

@@ -64,7 +64,7 @@ def run(job_file: Path, plan: bool, as_json: bool) -> int:
 
 
 @click.command()
-@click.argument("job_files", type=_JOB_FILE, metavar="JOB.json", nargs=-1, required=True)
+@click.argument("job_files", type=_JOB_FILE, metavar="JOB.json...", nargs=-1, required=True)
 @click.option("--queue", "queue_name", help="The queue; that of the job's type unless said.")
 @click.option("--fresh-ids", is_flag=True, help="Give each job a new id and time, so that it is no duplicate.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

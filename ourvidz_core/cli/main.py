@@ -81,7 +81,11 @@ def _broken_command(name: str, error: Exception) -> click.Command:
 
 @click.group(cls=PluginCommands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(ourvidz_core.__version__, prog_name="ourvidz")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much is logged.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="How much is logged; OURVIDZ_LOG_LEVEL unless said.",
+)
 @click.pass_context
 def cli(context: click.Context, log_level: str | None) -> None:
     """Turn messages on a queue into stored media and truthful callbacks."""
