@@ -45,7 +45,8 @@ _HTML = "text/html; charset=utf-8"
 _JSON = "application/json"
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    # With no-referrer a browser would not say of a form where it comes from.
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
@@ -90,9 +91,11 @@ class DashboardServer:
     :raises OSError: the address cannot be had.
     """
 
-    def __init__(self, address: tuple[str, int], dashboard: Dashboard) -> None:
-        handler = type("Handler", (_Handler,), {"dashboard": dashboard, "streams": threading.Semaphore(_STREAMS)})
-        self._server = _Server(address, handler)
+    def __init__(
+        self, address: tuple[str, int], dashboard: Dashboard, *, request_seconds: float = _REQUEST_SECONDS
+    ) -> None:
+        parts = {"dashboard": dashboard, "streams": threading.Semaphore(_STREAMS), "timeout": request_seconds}
+        self._server = _Server(address, type("Handler", (_Handler,), parts), request_seconds)
         self._thread = threading.Thread(target=self._server.serve_forever, name="dashboard", daemon=True)
         self._thread.start()
 
@@ -104,7 +107,12 @@ class DashboardServer:
 
     def close(self) -> None:
         """Answer no more."""
-        self._server.shutdown()
+        # The loop looks whether it shall end when somebody connects, or at its next turn.
+        ending = threading.Thread(target=self._server.shutdown, daemon=True)
+        ending.start()
+        with contextlib.suppress(OSError):
+            socket.create_connection(self._server.server_address[:2], timeout=1.0).close()
+        ending.join(timeout=2.0)
         self._server.server_close()
         self._thread.join(timeout=2.0)
 
@@ -114,7 +122,8 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     allow_reuse_address = True
 
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], request_seconds: float) -> None:
+        self._request_seconds = request_seconds
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self._lock = threading.Lock()
@@ -127,7 +136,7 @@ class _Server(ThreadingHTTPServer):
             is_full = len(self._open) >= _CONNECTIONS
             if not is_full:
                 self._open.add(request)
-                self._unheard[request] = time.monotonic() + _REQUEST_SECONDS
+                self._unheard[request] = time.monotonic() + self._request_seconds
         if is_full:
             self.shutdown_request(request)
         else:
@@ -160,7 +169,6 @@ class _Handler(BaseHTTPRequestHandler):
     dashboard: Dashboard
     streams: threading.Semaphore
     protocol_version = "HTTP/1.1"
-    timeout = _REQUEST_SECONDS
     server_version = "ourvidz"
     sys_version = ""
 

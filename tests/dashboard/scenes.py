@@ -115,7 +115,7 @@ def opened(directory: Path, server: EmbeddedRedis, *, storage: Storage | None = 
     """A dashboard on an emptied Redis; both ends of it are closed with the block."""
     with redis.Redis.from_url(server.address) as client:
         client.flushall()
-    origins = access.pop("media_origins", ())
+    origins, request_seconds = access.pop("media_origins", ()), access.pop("request_seconds", 10.0)
     with (
         contextlib.closing(RedisQueue.connect(server.address)) as queue,
         contextlib.closing(RedisBoard.connect(server.address)) as board,
@@ -129,7 +129,9 @@ def opened(directory: Path, server: EmbeddedRedis, *, storage: Storage | None = 
                 requeue=reader.requeue,
                 media_origins=origins,
             )
-            with contextlib.closing(DashboardServer(("127.0.0.1", 0), parts)) as served:
+            with contextlib.closing(
+                DashboardServer(("127.0.0.1", 0), parts, request_seconds=request_seconds)
+            ) as served:
                 yield Scene(
                     url=served.url, redis_url=server.address, queue=queue, board=board, feed=feed, root=directory
                 )
