@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -688,6 +689,17 @@ def test_a_second_user_of_an_embedded_server_keeps_it_alive(tmp_path: Path) -> N
     second.close()
     with redis.Redis.from_url(second.address) as client, pytest.raises(redis.ConnectionError):
         client.ping()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to somebody else")
+def test_an_embedded_server_of_another_user_is_not_talked_to(tmp_path: Path) -> None:
+    ours = EmbeddedRedis(tmp_path)
+    place = ours.address.removeprefix("unix://")
+    os.chown(place, 12345, 12345)
+    with pytest.raises(QueueUnavailable, match="is another user's"):
+        EmbeddedRedis(tmp_path)
+    os.chown(place, 0, 0)
+    ours.close()
 
 
 def test_a_server_that_is_gone_is_said_to_be_unavailable(tmp_path: Path) -> None:

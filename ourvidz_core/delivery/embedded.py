@@ -30,7 +30,7 @@ class EmbeddedRedis:
     Every process that opens the same directory shares one server; the last to close it
     ends it. What was accepted is on disk within a second, and is there again next time.
 
-    :raises QueueUnavailable: there is no server program, or it does not start.
+    :raises QueueUnavailable: there is no server program, it does not start, or somebody else's is in its place.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -66,6 +66,11 @@ class EmbeddedRedis:
             self._use.close()
 
     def _answers(self) -> bool:
+        # Its directory is open to all users, and its name can be guessed.
+        if self._socket.exists() and self._socket.stat().st_uid != os.getuid():
+            raise QueueUnavailable(
+                f"{self._socket} is another user's; remove it, set TMPDIR to a directory of your own, or set REDIS_URL"
+            )
         try:
             with self._client() as client:
                 return bool(client.ping())

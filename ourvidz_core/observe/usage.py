@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import requests
+from attrs import field, frozen
+from requests.auth import AuthBase
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ class HttpUsage:
         self._session = requests.Session()
         self._session.headers["Content-Type"] = "application/json"
         if key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
+            # As an auth object, since a netrc would overwrite a plain header.
+            self._session.auth = _Bearer(key)
         self._waiting: queue.Queue[Mapping[str, Any] | None] = queue.Queue(_WAITING_RECORDS)
         self._is_away = False
         self._closed = threading.Event()
@@ -88,3 +91,14 @@ class HttpUsage:
                 if not self._is_away:
                     logger.warning("records of usage are dropped: %s", error)
                 self._is_away = True
+
+
+@frozen
+class _Bearer(AuthBase):
+    """The key of each request."""
+
+    key: str = field(repr=False)
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self.key}"
+        return request

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -96,7 +97,11 @@ def test_a_message_that_nobody_could_read_has_no_records(host: Callable[..., Plu
     assert (worker_record("w", outcome), completion_record(outcome)) == (None, None)
 
 
-def test_a_record_is_posted_as_json_with_the_key(server: RecordServer) -> None:
+def test_a_record_is_posted_as_json_with_the_key_whatever_a_netrc_says(
+    server: RecordServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     usage = HttpUsage(f"{server.url}/metrics", key="usage-key")
     usage.put({"worker_id": "w", "generation_time": 1.5})
     usage.close()
