@@ -227,3 +227,23 @@ def test_a_job_that_shall_run_again_and_a_callback_that_is_not_accepted_need_a_w
     assert workers(queue) == 1
     queue.callback_delivered(callback)
     assert workers(queue) == 0
+
+
+# -- the page
+
+
+def test_the_policy_that_the_page_adds_is_valid_and_about_the_workers() -> None:
+    page = (ROOT / "docs/how-to/kubernetes.md").read_text("utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    policy = yaml.safe_load(text)
+    check(policy)
+    assert policy["spec"]["podSelector"] == one("NetworkPolicy")["spec"]["podSelector"]
+
+
+def test_the_secrets_that_the_page_makes_are_those_that_the_manifests_read() -> None:
+    page = (ROOT / "docs/how-to/kubernetes.md").read_text("utf-8")
+    files = [re.findall(r"^(\w+)=", text, re.MULTILINE) for text in re.findall(r"```ini\n(.*?)```", page, re.DOTALL)]
+    needed = one("TriggerAuthentication")["spec"]["secretTargetRef"]
+    assert {entry["key"] for entry in needed} == set(files[1])
+    named = {entry["name"] for entry in needed} | {"ourvidz-worker"}
+    assert set(re.findall(r"secret generic (\S+) --namespace ourvidz", page)) == named
