@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 import time
@@ -12,6 +13,7 @@ from ourvidz_core.dashboard.overview import Reader
 from ourvidz_core.dashboard.sections import sections_of
 from ourvidz_core.delivery.board import StoredAsset
 from ourvidz_core.errors import QueueError
+from ourvidz_core.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,8 @@ class Feed:
                 self._assets = {(asset.bucket, asset.path): asset for job in overview.recent for asset in job.assets}
             except QueueError as error:
                 logger.warning("the dashboard shows what was true before: %s", error)
-                sections = {TROUBLE: b'"Redis does not answer. What is shown was true before."'}
+                said = f"{redact(str(error))}. What is shown was true before."
+                sections = {TROUBLE: json.dumps(said).encode()}
             self._read_at = time.monotonic()
             with self._changed:
                 for name, body in sections.items():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from attrs import frozen
 
 from ourvidz_core.delivery.board import Board, FinishedJob, WorkerStatus
 from ourvidz_core.delivery.queue import DeadLetter, Queue, RequeueAnswer
-from ourvidz_core.errors import PayloadError
+from ourvidz_core.errors import PayloadError, QueueError
 from ourvidz_core.observe.collectors import QueueFacts, facts_of
 from ourvidz_core.redaction import redact
 from ourvidz_core.wire.payloads import decode_message
@@ -66,25 +67,27 @@ class Reader:
 
         :raises QueueError: Redis does not say.
         """
-        workers = tuple(self._board.workers())
-        served = sorted({name for worker in workers for name in worker.queues} - set(self._names))
-        queues = {name: facts_of(self._queue, name) for name in (*self._names, *served)}
-        return Overview(
-            at=time.time(),
-            queues=queues,
-            workers=workers,
-            recent=tuple(self._board.recent()),
-            dead=tuple(letter for name, facts in queues.items() for letter in self._dead(name, facts.depth.dead)),
-        )
+        with _understood():
+            workers = tuple(self._board.workers())
+            served = sorted({name for worker in workers for name in worker.queues} - set(self._names))
+            queues = {name: facts_of(self._queue, name) for name in (*self._names, *served)}
+            return Overview(
+                at=time.time(),
+                queues=queues,
+                workers=workers,
+                recent=tuple(self._board.recent()),
+                dead=tuple(letter for name, facts in queues.items() for letter in self._dead(name, facts.depth.dead)),
+            )
 
     def requeue(self, queue: str, letter: str) -> RequeueAnswer:
         """Let the dead letter that :attr:`DeadJob.letter` names run again.
 
         :raises QueueError: Redis does not answer.
         """
-        for known in self._queue.dead_letters(queue):
-            if _name_of(known) == letter:
-                return self._queue.requeue(queue, known)
+        with _understood():
+            for known in self._queue.dead_letters(queue):
+                if _name_of(known) == letter:
+                    return self._queue.requeue(queue, known)
         return RequeueAnswer.ABSENT
 
     def _dead(self, queue: str, count: int) -> tuple[DeadJob, ...]:
@@ -94,6 +97,15 @@ class Reader:
             shown = tuple(_shown(queue, letter) for letter in self._queue.dead_letters(queue)[:SHOWN_LETTERS])
             self._letters[queue] = (now, count, shown)
         return shown if count else ()
+
+
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """What somebody else wrote into the books is an error of theirs, and nothing that ends whoever reads on."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError) as error:
+        raise QueueError(f"the books in Redis hold what no worker of this version wrote: {error!r:.200}") from error
 
 
 def _shown(queue: str, letter: DeadLetter) -> DeadJob:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import requests
 
 from ourvidz_core.dashboard.figures import stage_times, throughput
@@ -206,6 +207,17 @@ def test_when_redis_goes_away_the_page_says_so_and_keeps_what_it_had(tmp_path: P
             assert said.startswith("Redis does not answer")
         assert [job["id"] for job in overview(scene)["results"]] == ["before"]
         assert requeue(scene, QUEUES[0], "0" * 24).status_code == 503
+
+
+def test_what_nobody_of_us_wrote_into_redis_is_told_and_the_page_goes_on(scene: Scene) -> None:
+    with redis.Redis.from_url(scene.redis_url) as client, stream(scene) as events:
+        assert dict(next(events) for _ in range(8))["trouble"] == ""
+        client.lpush(f"{{{QUEUES[0]}}}:dead", b"{")
+        name, said = next(events)
+        assert (name, "no worker of this version wrote" in said) == ("trouble", True)
+        client.flushall()
+        scene.publish()
+        assert ("trouble", "") in [next(events) for _ in range(2)]
 
 
 # -- figures

@@ -256,7 +256,8 @@ const showDead = capped("dead", 6, (dead) => {
 const ANSWERS = { done: "runs again", absent: "is not there any more", "in flight": "runs already: the producer pushed it again" };
 
 async function requeue(letter, name, button) {
-  button.disabled = true;
+  if (button.ariaDisabled === "true") return;
+  button.ariaDisabled = "true"; // one that is disabled outright would lose the focus
   try {
     const answer = await fetch("/api/requeue", {
       method: "POST",
@@ -269,7 +270,7 @@ async function requeue(letter, name, button) {
   } catch {
     announce(`${name} was not put back: the dashboard does not answer`);
   }
-  button.disabled = false;
+  button.ariaDisabled = "false";
 }
 
 // -- figures
