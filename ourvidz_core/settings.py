@@ -266,6 +266,9 @@ class Settings:
     engine_start_seconds: float = option(
         default=300.0, validator=_positive, help="Time limit for the engine process to get ready"
     )
+    preload: bool = option(
+        default=False, help="A worker loads and warms the models of its queues before it takes its first job"
+    )
     stall_seconds: float = option(
         default=300.0,
         validator=_positive,

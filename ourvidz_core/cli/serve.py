@@ -37,10 +37,17 @@ ALONE_SECONDS = 20.0
 )
 @click.option("--once", is_flag=True, help="Work on one job, then end.")
 @click.option("--drain", is_flag=True, help="Work until the queues are empty, then end.")
+@click.option("--preload", is_flag=True, help="Load and warm the models of the queues before the first job is taken.")
 @click.option("--no-checks", is_flag=True, help="Start without looking at Redis, storage and models first.")
 @click.option("--supervisor", type=int, hidden=True, help="Descriptor of the line to ourvidz up.")
 def worker(  # noqa: PLR0917 - click names them all
-    queues: str | None, require: tuple[str, ...], once: bool, drain: bool, no_checks: bool, supervisor: int | None
+    queues: str | None,
+    require: tuple[str, ...],
+    once: bool,
+    drain: bool,
+    preload: bool,
+    no_checks: bool,
+    supervisor: int | None,
 ) -> None:
     """Take jobs from the queues, store what they make, and report.
 
@@ -72,7 +79,11 @@ def worker(  # noqa: PLR0917 - click names them all
     if supervisor is not None:
         sign_seconds = settings.silence_seconds / 8
         line = WorkerEnd(supervisor, lambda: _end_alone(stops), sign_seconds=sign_seconds)
-    settings = attrs.evolve(settings, require_plugins=[*settings.require_plugins, *require])
+    settings = attrs.evolve(
+        settings,
+        require_plugins=[*settings.require_plugins, *require],
+        preload=settings.preload or preload,
+    )
     registry = open_registry(settings)
     chosen = tuple(name.strip() for name in queues.split(",") if name.strip()) if queues else registry.queues
     if unknown := [name for name in chosen if name not in registry.queues]:

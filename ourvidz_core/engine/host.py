@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import IO, Protocol
@@ -26,6 +26,8 @@ from ourvidz_core.engine.protocol import (
     JobFinished,
     Progress,
     RunJob,
+    WarmedUp,
+    WarmUp,
 )
 from ourvidz_core.errors import (
     EngineCrashed,
@@ -82,6 +84,20 @@ class Engine(Protocol):
         """
         ...
 
+    def warm_up(
+        self,
+        distribution: str,
+        job_types: Sequence[str],
+        *,
+        timeout_seconds: float,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        """Have the plugin of ``distribution`` make ready what ``job_types`` need.
+
+        :raises JobError: it could not; ``EngineCrashed``, ``JobTimeout`` and ``JobCancelled`` among them.
+        """
+        ...
+
     def close(self) -> None:
         """End it with everything it started."""
         ...
@@ -107,6 +123,7 @@ class EngineProcess:
         self._channel: Channel | None = None
         self._log: _EngineLog | None = None
         self._is_starting = False
+        self._is_warming = False
         self._has_failed = False
 
     @property
@@ -116,7 +133,7 @@ class EngineProcess:
         if self._is_starting:
             return EngineState.STARTING
         if process is not None and process.poll() is None:
-            return EngineState.READY
+            return EngineState.WARMING if self._is_warming else EngineState.READY
         return EngineState.FAILED if self._has_failed else EngineState.STOPPED
 
     @property
@@ -191,24 +208,48 @@ class EngineProcess:
         self.start(cancelled)
         assert self._log is not None
         self._log.expect(job)
-        answer: JobFinished | JobBroken | None = None
+        request = RunJob(job=job, work_dir=work_dir, timeout_seconds=timeout_seconds)
+        answer = self._ask(request, on_progress, cancelled, f"while it worked on {job.job_type}")
+        assert isinstance(answer, JobFinished)
+        return answer.finished
+
+    def warm_up(
+        self,
+        distribution: str,
+        job_types: Sequence[str],
+        *,
+        timeout_seconds: float,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        """See :meth:`Engine.warm_up`. Starts the engine where none runs."""
+        self.start(cancelled)
+        self._is_warming = True
         try:
-            request = RunJob(job=job, work_dir=work_dir, timeout_seconds=timeout_seconds)
+            request = WarmUp(distribution=distribution, job_types=tuple(job_types), timeout_seconds=timeout_seconds)
+            self._ask(request, ignore_progress, cancelled, f"while {distribution} warmed up")
+        finally:
+            self._is_warming = False
+
+    def _ask(
+        self, request: RunJob | WarmUp, on_progress: OnProgress, cancelled: threading.Event | None, when: str
+    ) -> JobFinished | WarmedUp:
+        answer: JobFinished | WarmedUp | JobBroken | None = None
+        try:
             answer = self._answer(request, on_progress, cancelled or threading.Event())
         except _EngineGone:
-            raise self._crashed(f"while it worked on {job.job_type}") from None
+            raise self._crashed(when) from None
         finally:
             if answer is None:  # it still works on this job, and what it says of it must not reach the next one
                 self.close()
-        match answer:
-            case JobFinished(finished=finished):
-                return finished
-            case JobBroken(error=error):
-                if isinstance(error, EngineUnusable | OutOfMemory):
-                    self.close()  # what the device still holds goes with the process
-                raise error
+        if isinstance(answer, JobBroken):
+            if isinstance(answer.error, EngineUnusable | OutOfMemory):
+                self.close()  # what the device still holds goes with the process
+            raise answer.error
+        return answer
 
-    def _answer(self, request: RunJob, on_progress: OnProgress, cancelled: threading.Event) -> JobFinished | JobBroken:
+    def _answer(
+        self, request: RunJob | WarmUp, on_progress: OnProgress, cancelled: threading.Event
+    ) -> JobFinished | WarmedUp | JobBroken:
         deadline = time.monotonic() + request.timeout_seconds + GRACE_SECONDS
         cancel_deadline: float | None = None
         # Loading a model takes its time in silence, which only the deadline limits; whoever counts steps goes on.
@@ -216,7 +257,7 @@ class EngineProcess:
         self._send(request)
         while True:
             match self._receive():
-                case JobFinished() | JobBroken() as answer:
+                case JobFinished() | WarmedUp() | JobBroken() as answer:
                     return answer
                 case Progress(stage=stage, step=step, total=total):
                     on_progress(stage, step, total)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from ourvidz_core.engine.context import EngineContext
 from ourvidz_core.engine.host import OnProgress, ignore_progress
 from ourvidz_core.engine.models import ModelCache
-from ourvidz_core.engine.perform import perform
+from ourvidz_core.engine.perform import perform, warm_up
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.settings import Settings
 from ourvidz_core.wire.artifacts import FinishedGeneration
@@ -48,6 +50,25 @@ class LocalEngine:
             cancelled=cancelled,
         )
         return perform(self._registry, job, context)
+
+    def warm_up(
+        self,
+        distribution: str,
+        job_types: Sequence[str],
+        *,
+        timeout_seconds: float,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        """See :meth:`~ourvidz_core.engine.host.Engine.warm_up`."""
+        with tempfile.TemporaryDirectory() as directory:
+            context = EngineContext(
+                work_dir=Path(directory),
+                models=self._models,
+                timeout_seconds=timeout_seconds,
+                device=self._device,
+                cancelled=cancelled,
+            )
+            warm_up(self._registry, distribution, job_types, context)
 
     def close(self) -> None:
         """Forget the warm models."""

@@ -7,7 +7,7 @@ import errno
 import gc
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -55,6 +55,15 @@ def perform(registry: Registry, job: Job, context: EngineContext) -> FinishedGen
         for artifact in artifacts:
             owned.review_artifact(prepared, artifact, context)
     return finished
+
+
+def warm_up(registry: Registry, distribution: str, job_types: Sequence[str], context: EngineContext) -> None:
+    """Have the plugin of ``distribution`` make ready what ``job_types`` need.
+
+    :raises JobError: it could not.
+    """
+    with _in_our_words():
+        registry.warm_up(distribution, job_types, context)
 
 
 def _checked(artifact: Artifact, context: EngineContext, media_type: str) -> Artifact:

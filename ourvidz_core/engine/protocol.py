@@ -44,6 +44,20 @@ class CancelJob:
 
 
 @frozen(kw_only=True)
+class WarmUp:
+    """Worker to engine: have this plugin make ready what these job types need, within this time."""
+
+    distribution: str
+    job_types: tuple[str, ...]
+    timeout_seconds: float
+
+
+@frozen(kw_only=True)
+class WarmedUp:
+    """Engine to worker: it is ready."""
+
+
+@frozen(kw_only=True)
 class EngineReady:
     """Engine to worker: plugins are loaded, jobs may come."""
 
@@ -68,14 +82,14 @@ class JobFinished:
 
 @frozen(kw_only=True)
 class JobBroken:
-    """Engine to worker: the generation failed."""
+    """Engine to worker: the generation, or the warm-up, failed."""
 
     error: JobError
 
 
-EngineMessage = RunJob | CancelJob | EngineReady | Progress | JobFinished | JobBroken
+EngineMessage = RunJob | CancelJob | WarmUp | WarmedUp | EngineReady | Progress | JobFinished | JobBroken
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (RunJob, CancelJob, EngineReady, Progress, JobFinished, JobBroken)
+    kind.__name__: kind for kind in (RunJob, CancelJob, WarmUp, WarmedUp, EngineReady, Progress, JobFinished, JobBroken)
 }
 
 

@@ -11,13 +11,15 @@ import logging
 import os
 import queue
 import sys
+import tempfile
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from ourvidz_core.engine.context import EngineContext
 from ourvidz_core.engine.models import ModelCache
-from ourvidz_core.engine.perform import perform
+from ourvidz_core.engine.perform import perform, warm_up
 from ourvidz_core.engine.processes import ENGINE_MARK, kill_marked, kill_session
 from ourvidz_core.engine.protocol import (
     JOB_MARK,
@@ -28,6 +30,8 @@ from ourvidz_core.engine.protocol import (
     JobFinished,
     Progress,
     RunJob,
+    WarmedUp,
+    WarmUp,
 )
 from ourvidz_core.errors import GenerationError, InternalError, JobError
 from ourvidz_core.logs import job_context, set_up
@@ -50,7 +54,7 @@ class EngineServer:
         self._settings = settings
         self._registry = registry
         self._models = ModelCache(settings.vram_budget_gb)
-        self._jobs: queue.SimpleQueue[RunJob] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[RunJob | WarmUp] = queue.SimpleQueue()
         self._cancelled = threading.Event()
         self._progress_said: tuple[float, tuple[str, int, int]] = (0.0, ("", 0, 0))
 
@@ -60,19 +64,39 @@ class EngineServer:
         loaded = tuple(record.distribution for record in self._registry.records if record.status == "loaded")
         self._channel.send(EngineReady(plugins=loaded))
         while True:
-            self._channel.send(self._work(self._jobs.get()))
+            match self._jobs.get():
+                case RunJob() as request:
+                    self._channel.send(self._work(request))
+                case WarmUp() as request:
+                    self._channel.send(self._warm_up(request))
 
-    def _work(self, request: RunJob) -> JobFinished | JobBroken:
-        sys.stderr.write(f"\n{JOB_MARK}\n")  # a plugin may have left half a line
-        sys.stderr.flush()
-        context = EngineContext(
-            work_dir=request.work_dir,
+    def _warm_up(self, request: WarmUp) -> WarmedUp | JobBroken:
+        with tempfile.TemporaryDirectory() as directory:
+            context = self._context(Path(directory), request.timeout_seconds)
+            try:
+                warm_up(self._registry, request.distribution, request.job_types, context)
+            except JobError as error:
+                logger.info("%s could not warm up", request.distribution, exc_info=error)
+                return JobBroken(error=error)
+            except Exception as error:  # a fault of ours must not end the engine
+                logger.exception("the warm-up of %s failed in the engine itself", request.distribution)
+                return JobBroken(error=InternalError(f"the engine failed: {type(error).__name__}: {error}"))
+        return WarmedUp()
+
+    def _context(self, work_dir: Path, timeout_seconds: float) -> EngineContext:
+        return EngineContext(
+            work_dir=work_dir,
             models=self._models,
-            timeout_seconds=request.timeout_seconds,
+            timeout_seconds=timeout_seconds,
             device=self._settings.device,
             on_progress=self._say_progress,
             cancelled=self._cancelled,
         )
+
+    def _work(self, request: RunJob) -> JobFinished | JobBroken:
+        sys.stderr.write(f"\n{JOB_MARK}\n")  # a plugin may have left half a line
+        sys.stderr.flush()
+        context = self._context(request.work_dir, request.timeout_seconds)
         with job_context(request.job.id, request.job.job_type), redact.without_prompts(*request.job.texts):
             return self._answer(request, context)
 
@@ -99,7 +123,7 @@ class EngineServer:
                 self._channel.send(JobBroken(error=GenerationError(f"the engine could not read a job: {error}")))
             else:
                 match message:
-                    case RunJob():
+                    case RunJob() | WarmUp():
                         self._cancelled.clear()
                         self._jobs.put(message)
                     case CancelJob():

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from ourvidz_core.delivery.board import HEARTBEAT_SECONDS, Board, FinishedJob, WorkerStatus
+from ourvidz_core.wire.states import WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class Publisher:
 
     def _tell_status(self) -> None:
         status = self._status()
-        self._wait_seconds = min(WORKING_SECONDS, self._heartbeat_seconds) if status.jobs else self._heartbeat_seconds
+        is_busy = status.jobs or status.state is WorkerState.STARTING
+        self._wait_seconds = min(WORKING_SECONDS, self._heartbeat_seconds) if is_busy else self._heartbeat_seconds
         self._board.publish(status)
 
     def _tell_finished(self) -> None:

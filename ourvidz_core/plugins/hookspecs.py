@@ -12,7 +12,7 @@ first, and ``ourvidz plugins list`` tells each plugin that still implements it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import pluggy
@@ -157,6 +157,19 @@ def handle_event(event: Event) -> None:
     raises is logged and the others still hear the event. Must be fast.
 
     Example: ``if isinstance(event, JobFailed): failures.labels(event.error_type).inc()``
+    """
+
+
+@hookspec
+def warm_up(context: JobContext, job_types: Sequence[JobType]) -> None:
+    """Make ready what jobs of ``job_types`` will need, above all models in ``context.models``.
+
+    Called in the engine before the first job where a worker starts with ``--preload``; every
+    plugin is asked, each guarded: an owner about its own types among those that the worker
+    serves, an extension about all of them. May be slow and may use the device. An error is
+    reported, and the worker serves all the same.
+
+    Example: ``context.models.get("acme", lambda: load_acme(context.device), vram_gb=6)``
     """
 
 

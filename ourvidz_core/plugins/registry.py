@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -203,6 +203,11 @@ class Registry:
             (plugin.distribution, self._bind("handle_event", plugins, [plugin])) for plugin in plugins
         ]
         self._checkers = [(plugin.distribution, self._bind("doctor_checks", plugins, [plugin])) for plugin in plugins]
+        self._warmers = {
+            plugin.distribution: (plugin, hook)
+            for plugin in plugins
+            if (hook := self._bind("warm_up", plugins, [plugin])).get_hookimpls()
+        }
         self._owned: dict[str, OwnedJobType] = {}
         for owner in owners:
             heard = [owner, *extensions]
@@ -259,6 +264,25 @@ class Registry:
                 yield from [check for answer in hook(settings=settings) for check in answer]
             except (Exception, SystemExit) as error:
                 yield Check(name=f"checks of {distribution}", run=_raises(error), is_at_start=True)
+
+    def warmed_by(self, names: Collection[str]) -> Mapping[str, tuple[str, ...]]:
+        """Who makes something ready for the job types ``names``, and for which: an extension for all of them."""
+        asked = {
+            distribution: tuple(
+                name for name in names if not plugin.job_types or name in {own.name for own in plugin.job_types}
+            )
+            for distribution, (plugin, _) in self._warmers.items()
+        }
+        return {distribution: types for distribution, types in asked.items() if types}
+
+    def warm_up(self, distribution: str, names: Sequence[str], context: JobContext) -> None:
+        """Ask the plugin of ``distribution`` to make ready what the job types ``names`` need.
+
+        :raises JobError: it could not.
+        """
+        _, hook = self._warmers[distribution]
+        job_types = [self.get(name).job_type for name in names]
+        _guarded(lambda: hook(context=context, job_types=job_types), _failure_of(distribution, "warm_up"))
 
     def _bind(self, name: str, plugins: Sequence[Owner], heard: Sequence[Owner]) -> pluggy.HookCaller:
         kept = {plugin.distribution for plugin in heard}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ourvidz_core.delivery.storage import DirectoryStorage
@@ -75,6 +75,16 @@ class StubEngine:
             raise self._answer
         on_progress("generate", 1, 1)
         return self._answer(job, work_dir)
+
+    def warm_up(
+        self,
+        distribution: str,
+        job_types: Sequence[str],
+        *,
+        timeout_seconds: float,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        """It is always warm."""
 
     def close(self) -> None:
         """There is nothing to end."""

@@ -21,6 +21,8 @@ class EngineState(StrEnum):
 
     STOPPED = "stopped"
     STARTING = "starting"
+    #: Models are loaded before the first job comes.
+    WARMING = "warming"
     READY = "ready"
     #: The last start failed; the next job tries again.
     FAILED = "failed"

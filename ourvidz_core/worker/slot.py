@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ourvidz_core.engine.host import Engine, OnProgress, ignore_progress
@@ -88,6 +88,17 @@ class EngineSlot:
                 self._busy_before += time.monotonic() - self._turn_started
                 self._turn_started = None
                 self._turn.notify_all()
+
+    def warm_up(
+        self,
+        distribution: str,
+        job_types: Sequence[str],
+        *,
+        timeout_seconds: float,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        """Before any job asks: see :meth:`~ourvidz_core.engine.host.Engine.warm_up`."""
+        self._engine.warm_up(distribution, job_types, timeout_seconds=timeout_seconds, cancelled=cancelled)
 
     def is_nearly_free(self, seconds: float) -> bool:
         """Whether one job has the engine, none waits for it, and it is likely to end within ``seconds``."""

@@ -27,6 +27,7 @@ from ourvidz_core.worker.parts import ActiveJob, ActiveJobs, Stopping, WorkerPar
 from ourvidz_core.worker.processing import ProcessingReports
 from ourvidz_core.worker.reports import prompts_of
 from ourvidz_core.worker.settling import Settler
+from ourvidz_core.worker.warming import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ class Worker:
         self._replay_spool()
         self._dispatcher.start()
         self._keeper.start()
+        if self._settings.preload:
+            warm_up(self._parts, self._queues, self._stopping.begun)
         logger.info("worker %s takes jobs from %s", self._settings.worker_name, ", ".join(self._queues))
         try:
             self._has_begun = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from ourvidz_core.engine.variants import find_model, read_variant
 from ourvidz_core.errors import ModelUnavailable, ReferenceUnavailable
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.wire.artifacts import Artifact, Generation
+from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job
 from ourvidz_sdxl.config import SdxlConfig
 from ourvidz_sdxl.negative_prompts import NegativePrompt, fit_terms, negative_terms
@@ -69,6 +70,25 @@ def generate_images(job: Job, context: JobContext) -> Generation:
         write = partial(_write, job=job, request=request, facts=facts)
         artifacts = tuple(pool.map(write, drawn.images, paths, request.seeds))
     return Generation(artifacts=artifacts, facts=facts)
+
+
+def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
+    """Load the model that jobs get which name none, and draw an image of one step in each size of the presets."""
+    settings = context.settings(SdxlSettings)
+    model = _warm(context, settings, choose_model(settings, None))
+    presets: list[SdxlConfig] = [job_type.preset for job_type in job_types]
+    for width, height in sorted({model.variant.size_for(preset.width, preset.height) for preset in presets}):
+        request = ImageRequest(
+            prompt="",
+            negative_prompt="",
+            seeds=(0,),
+            width=width,
+            height=height,
+            num_inference_steps=1,
+            guidance_scale=presets[0].guidance_scale,
+            solver=presets[0].sample_solver,
+        )
+        model.draw(request, sampling=Samplings(settings), on_step=context.progress)
 
 
 def choose_model(settings: SdxlSettings, model_variant: str | None) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.plugins.hookspecs import ReadSettings, hookimpl
@@ -34,6 +34,14 @@ def generate(job: Job, context: JobContext) -> Generation:
     from ourvidz_sdxl.generation import generate_images
 
     return generate_images(job, context)
+
+
+@hookimpl
+def warm_up(context: JobContext, job_types: Sequence[JobType]) -> None:
+    """Load the model and draw an image of one step with it."""
+    from ourvidz_sdxl.generation import warm_up_model
+
+    warm_up_model(context, job_types)
 
 
 @hookimpl

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -16,10 +16,14 @@ from ourvidz_core.errors import GenerationError, ModelUnavailable
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.wire.artifacts import Artifact, Generation
 from ourvidz_core.wire.commands import Command
+from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job, ReferenceMode
 from ourvidz_wan.arguments import IMAGE_SUFFIX, GenerateArguments, UsageError, parse_arguments
 from ourvidz_wan.config import RunAs, WanConfig, WanSettings, WanVariant, as_size, scaled_size
 from ourvidz_wan.jobs import TASK, uses_strength
+
+if TYPE_CHECKING:
+    from ourvidz_wan.checkpoints import WanModels
 
 #: The option that hands over each reference.
 OPTION_OF_ROLE = {"single": "image", "start": "first_frame", "end": "last_frame"}
@@ -106,6 +110,30 @@ def generate_wan(job: Job, command: Command, context: JobContext) -> Generation:
     return _generate_apart(job, command, context)
 
 
+def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
+    """Load the text-to-video weights and make an image of one step with them. A subprocess loads its own."""
+    settings = context.settings(WanSettings)
+    if settings.script is not None or settings.run_as is RunAs.SUBPROCESS:
+        return
+    from ourvidz_wan.generate import run
+
+    config: WanConfig = job_types[0].preset
+    options = {
+        "task": TASK,
+        "ckpt_dir": _ckpt_dir(TASK, settings),
+        "size": config.size,
+        "sample_steps": 1,
+        # With guidance the negative prompt is encoded, too, and it is that of nearly all jobs.
+        "sample_guide_scale": config.sample_guide_scale,
+        "base_seed": 0,
+        "offload_model": settings.offload_model,
+        "prompt": "",
+        "save_file": context.output_path("png"),
+    }
+    arguments = _checked([f"--{name}={value}" for name, value in options.items()])
+    run(arguments, _warm(arguments, context), context.progress)
+
+
 def command_environment(settings: WanSettings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What a WAN subprocess finds in its environment beside the engine's own."""
     environment = {"PYTHONUNBUFFERED": "1"}
@@ -140,7 +168,10 @@ def arguments_of(command: Command) -> GenerateArguments:
     :raises ModelUnavailable: the checkpoint directory is not there.
     :raises GenerationError: the command line asks for something that cannot be done.
     """
-    argv = command.argv[command.argv.index(MODULE) + 1 :]
+    return _checked(command.argv[command.argv.index(MODULE) + 1 :])
+
+
+def _checked(argv: Sequence[str]) -> GenerateArguments:
     try:
         return parse_arguments(argv)
     except UsageError as error:
@@ -149,16 +180,10 @@ def arguments_of(command: Command) -> GenerateArguments:
 
 
 def _generate_here(job: Job, command: Command, context: JobContext) -> Generation:
-    from ourvidz_wan.checkpoints import load_models
     from ourvidz_wan.generate import run
 
     arguments = arguments_of(command)
-    models = context.models.get(
-        f"wan:{arguments.task.name}:{arguments.ckpt_dir}",
-        lambda: load_models(arguments.ckpt_dir, arguments.task, device=context.device, offload=arguments.offload_model),
-        vram_gb=0.0 if arguments.offload_model else WEIGHTS_GB.get(arguments.task.name, 0.0),
-    )
-    result = run(arguments, models, context.progress)
+    result = run(arguments, _warm(arguments, context), context.progress)
     artifact = Artifact(
         path=result.path,
         media_type="image/png" if result.frames is None else "video/mp4",
@@ -168,6 +193,16 @@ def _generate_here(job: Job, command: Command, context: JobContext) -> Generatio
         frames=result.frames,
     )
     return Generation(artifacts=(artifact,), facts=_reported(result.facts))
+
+
+def _warm(arguments: GenerateArguments, context: JobContext) -> WanModels:
+    from ourvidz_wan.checkpoints import load_models
+
+    return context.models.get(
+        f"wan:{arguments.task.name}:{arguments.ckpt_dir}",
+        lambda: load_models(arguments.ckpt_dir, arguments.task, device=context.device, offload=arguments.offload_model),
+        vram_gb=0.0 if arguments.offload_model else WEIGHTS_GB.get(arguments.task.name, 0.0),
+    )
 
 
 def _generate_apart(job: Job, command: Command, context: JobContext) -> Generation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.plugins.hookspecs import ReadSettings, hookimpl
@@ -13,7 +13,7 @@ from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job
 from ourvidz_core.wire.payloads import Payload
 from ourvidz_wan.doctor import wan_checks
-from ourvidz_wan.execution import build_wan_command, generate_wan, prepare_wan_job
+from ourvidz_wan.execution import build_wan_command, generate_wan, prepare_wan_job, warm_up_wan
 from ourvidz_wan.job_types import JOB_TYPES
 from ourvidz_wan.jobs import parse_wan_job
 
@@ -46,6 +46,12 @@ def build_command(job: Job, context: JobContext) -> Command:
 def generate(job: Job, command: Command, context: JobContext) -> Generation:
     """In the warm engine, or as a subprocess by setting."""
     return generate_wan(job, command, context)
+
+
+@hookimpl
+def warm_up(context: JobContext, job_types: Sequence[JobType]) -> None:
+    """Load the weights and make an image of one step with them."""
+    warm_up_wan(context, job_types)
 
 
 @hookimpl
