@@ -53,12 +53,13 @@ def _headline(overview: Overview) -> Text:
     running = sum(len(worker.jobs) for worker in overview.workers)
     return Text.assemble(
         ("ourvidz ", "bold"),
-        f"{time.strftime('%H:%M:%S', time.localtime(overview.at))}  {waiting} waiting, {running} running  ",
+        f"{time.strftime('%H:%M:%S', time.localtime(overview.at))}  {waiting} waiting, {running} running, ",
+        (f"{dead} dead", "red" if dead else ""),
+        "\n",
         (_spark(ended), "cyan"),
         f" {sum(ended.completed)} completed, ",
         (f"{failed} failed", "red" if failed else ""),
-        f" in {_duration(ended.window_seconds)}, ",
-        (f"{dead} dead", "red" if dead else ""),
+        f" in the last {ended.window_seconds / 60:.0f} min",
     )
 
 
@@ -72,7 +73,8 @@ def _part(title: str, head: Sequence[str], rows: Iterable[Sequence[RenderableTyp
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", title=title.upper())
     table.title_justify, table.title_style = "left", "bold"
     for name in head:
-        table.add_column(name, overflow="ellipsis", no_wrap=True)
+        # Where it is narrow the last column gives way: a reason may be long, and the others are short.
+        table.add_column(name, overflow="ellipsis", no_wrap=name != head[-1])
     for row in rows:
         table.add_row(*row)
     return [Text(), table] if table.row_count else []
@@ -167,12 +169,14 @@ def _stages(times: StageTimes) -> Sequence[RenderableType]:
 
 def _text(text: str, style: str = "") -> Text:
     """A text of a job: never markup, and nothing that a terminal would obey."""
-    return Text("".join(character if character.isprintable() else "�" for character in text), style)
+    clean = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return Text(clean, style, no_wrap=True, overflow="ellipsis")
 
 
 def _duration(seconds: float) -> str:
-    """A duration for people: 3.2s, 45s, 12m, 3h, 2d."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= size:
-            return f"{seconds / size:.0f}{unit}"
-    return f"{seconds:.1f}s" if 0 < seconds < 10 else f"{max(seconds, 0):.0f}s"
+    """A duration for people: 3.2s, 45s, 2m31s, 3h, 2d."""
+    if seconds < 120:
+        return f"{seconds:.1f}s" if 0 < seconds < 10 else f"{max(seconds, 0):.0f}s"
+    if seconds < 7200:
+        return f"{int(seconds) // 60}m{int(seconds) % 60:02}s"
+    return f"{seconds / 3600:.0f}h" if seconds < 172800 else f"{seconds / 86400:.0f}d"
