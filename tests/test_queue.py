@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import redis
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from ourvidz_core.delivery import embedded
 from ourvidz_core.delivery.embedded import EmbeddedRedis
 from ourvidz_core.delivery.memory_queue import MemoryQueue
 from ourvidz_core.delivery.queue import CancelState, DeadLetter, FinishAnswer, Queue, QueuedCallback, RequeueAnswer
@@ -691,6 +693,29 @@ def test_a_second_user_of_an_embedded_server_keeps_it_alive(tmp_path: Path) -> N
         client.ping()
 
 
+@pytest.mark.parametrize("state", ["refuses everything", "hangs"])
+def test_no_second_embedded_server_is_started_on_the_files_of_one_that_cannot_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    first = EmbeddedRedis(tmp_path)
+    with redis.Redis.from_url(first.address) as client:
+        pid = client.info("server")["process_id"]
+        if state == "hangs":
+            os.kill(pid, signal.SIGSTOP)
+            monkeypatch.setattr(embedded, "_START_SECONDS", 0.0)
+            monkeypatch.setattr(embedded, "_ANSWER_SECONDS", 0.1)
+            with pytest.raises(QueueUnavailable, match="does not answer"):
+                EmbeddedRedis(tmp_path)
+            os.kill(pid, signal.SIGCONT)
+        else:
+            client.execute_command("ACL SETUSER default -ping")  # a full disk has it refuse even that
+            EmbeddedRedis(tmp_path).close()
+        assert client.info("server")["process_id"] == pid
+    with redis.Redis.from_url(first.address) as client:
+        assert client.info("server")["process_id"] == pid
+    first.close()
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to somebody else")
 def test_an_embedded_server_of_another_user_is_not_talked_to(tmp_path: Path) -> None:
     ours = EmbeddedRedis(tmp_path)
@@ -700,6 +725,39 @@ def test_an_embedded_server_of_another_user_is_not_talked_to(tmp_path: Path) -> 
         EmbeddedRedis(tmp_path)
     os.chown(place, 0, 0)
     ours.close()
+
+
+@pytest.mark.parametrize("trouble", ["a full disk", "a full memory", "a failover", "no replica"])
+def test_what_a_server_refuses_for_now_is_asked_again(tmp_path: Path, trouble: str) -> None:
+    server = EmbeddedRedis(tmp_path)
+    queue = RedisQueue.connect(server.address)
+    queue.push(SDXL, b'{"id": "a"}')
+    claim = take(queue)
+    with redis.Redis.from_url(server.address) as client:
+        match trouble:
+            case "a full disk":
+                (tmp_path / "dump.rdb" / "in the way").mkdir(parents=True)
+                client.config_set("save", "3600 1")
+                client.bgsave()
+                while client.info("persistence")["rdb_last_bgsave_status"] != "err":
+                    time.sleep(0.01)
+            case "a full memory":
+                client.config_set("maxmemory", "1")
+            case "a failover":
+                client.replicaof("127.0.0.1", 1)
+            case "no replica":
+                client.config_set("min-replicas-to-write", "1")
+    with pytest.raises(QueueUnavailable):
+        queue.push(SDXL, b"{}")
+    with pytest.raises(QueueUnavailable):
+        queue.finish(claim, is_final=True)
+    if trouble != "a failover":  # a replica's address is a setting to correct
+        with pytest.raises(QueueUnavailable):
+            RedisQueue.connect(server.address)
+    queue.close()
+    with redis.Redis.from_url(server.address) as client:
+        client.shutdown(nosave=True)
+    server.close()
 
 
 def test_a_server_that_is_gone_is_said_to_be_unavailable(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from ourvidz_core.errors import QueueUnavailable
 
 _START_SECONDS = 10.0
+_ANSWER_SECONDS = 5.0
+_LOG = "redis.log"
 
 
 class EmbeddedRedis:
@@ -43,8 +46,8 @@ class EmbeddedRedis:
             # Held for as long as this process uses the server, also when it is killed.
             self._use = (directory / "users").open("w")
             fcntl.flock(self._use, fcntl.LOCK_SH)
-            if not self._answers():
-                self._start()
+            started = None if self._is_there() else self._start()
+            self._wait(started)
 
     @property
     def address(self) -> str:
@@ -65,24 +68,36 @@ class EmbeddedRedis:
                     client.shutdown()
             self._use.close()
 
-    def _answers(self) -> bool:
+    def _is_there(self) -> bool:
+        """Whether a server has the socket, and with it the files, however busy it is and whatever it refuses."""
         # Its directory is open to all users, and its name can be guessed.
         if self._socket.exists() and self._socket.stat().st_uid != os.getuid():
             raise QueueUnavailable(
                 f"{self._socket} is another user's; remove it, set TMPDIR to a directory of your own, or set REDIS_URL"
             )
+        with socket.socket(socket.AF_UNIX) as connection:
+            try:
+                connection.connect(str(self._socket))
+            except OSError:
+                return False
+            return True
+
+    def _answers(self) -> bool:
         try:
             with self._client() as client:
                 return bool(client.ping())
+        except ResponseError:
+            return True  # a full disk lets it refuse even this; whoever asks more is told so
         except RedisError:
             return False
 
     def _client(self) -> redis.Redis:
         # The client's own retries would make a start wait for a server that is not there yet.
-        return redis.Redis(unix_socket_path=str(self._socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
+        return redis.Redis(
+            unix_socket_path=str(self._socket), socket_timeout=_ANSWER_SECONDS, retry=Retry(NoBackoff(), 0)
+        )
 
-    def _start(self) -> None:
-        log = self._directory / "redis.log"
+    def _start(self) -> subprocess.CompletedProcess[str]:
         self._socket.unlink(missing_ok=True)
         options = {
             "port": "0",
@@ -94,19 +109,23 @@ class EmbeddedRedis:
             "save": "",
             "maxmemory-policy": "noeviction",
             "daemonize": "yes",
-            "logfile": str(log.resolve()),
+            "logfile": str((self._directory / _LOG).resolve()),
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
         # Its own session: a Ctrl-C in the terminal is for us, not for the queue.
-        done = subprocess.run(
+        return subprocess.run(
             [_server_program(), *arguments], capture_output=True, text=True, start_new_session=True, check=False
         )
+
+    def _wait(self, started: subprocess.CompletedProcess[str] | None) -> None:
         deadline = time.monotonic() + _START_SECONDS
+        log = self._directory / _LOG
         while not self._answers():
-            if done.returncode != 0 or time.monotonic() >= deadline:
-                said = done.stdout.strip() or (log.read_text().strip() if log.exists() else "")
+            has_failed = started is not None and started.returncode != 0
+            if has_failed or time.monotonic() >= deadline:
+                said = (started.stdout.strip() if started else "") or (log.read_text().strip() if log.exists() else "")
                 raise QueueUnavailable(
-                    f"the embedded Redis in {self._directory} does not start:"
+                    f"the embedded Redis in {self._directory} does not {'start' if started else 'answer'}:"
                     f" {said.splitlines()[-1] if said else 'it says nothing'}; set REDIS_URL to use a server"
                 )
             time.sleep(0.01)

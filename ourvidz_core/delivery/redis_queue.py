@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
@@ -18,8 +19,16 @@ from typing import Any, cast
 import attrs
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import (
+    ClusterDownError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
@@ -44,6 +53,10 @@ logger = logging.getLogger(__name__)
 
 
 _BLOCK_SECONDS = 20.0
+#: A full disk or memory, a failover, a start: each is over some time, and what was asked for can be asked again.
+_REFUSALS_FOR_NOW = (ReadOnlyError, OutOfMemoryError, ClusterDownError, MasterDownError, TryAgainError)
+#: The same within a script's error, and those that the client has no class for.
+_FOR_NOW = re.compile(r"\b(MISCONF|OOM|READONLY|LOADING|BUSY|CLUSTERDOWN|MASTERDOWN|NOREPLICAS|TRYAGAIN)\b")
 _SCRIPTS = (
     "claim",
     "renew",
@@ -131,6 +144,8 @@ class RedisQueue:
             except ReadOnlyError:
                 raise QueueUnsupported("REDIS_URL names a replica, which takes no writes; name its primary") from None
             except ResponseError as error:
+                if _is_for_now(error):
+                    raise
                 raise QueueUnsupported(
                     f"{self._said_version()} lacks BLMOVE, or this user may not call it: Redis 6.2 or newer is needed,"
                     f" and a user who may touch every key ({error})"
@@ -512,6 +527,10 @@ def _name(queue: str, name: str) -> str:
     return f"{{{queue}}}:{name}" if name else queue
 
 
+def _is_for_now(error: ResponseError) -> bool:
+    return isinstance(error, _REFUSALS_FOR_NOW) or _FOR_NOW.search(str(error)) is not None
+
+
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
     """Redis's errors in our words."""
@@ -520,6 +539,8 @@ def translated() -> Iterator[None]:
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:
         raise QueueUnavailable(f"Redis does not answer: {error}") from error
     except ResponseError as error:
+        if _is_for_now(error):
+            raise QueueUnavailable(f"Redis refuses for now: {error}") from error
         if "WRONGTYPE" in str(error):
             raise QueueError(f"a key of the queue is in use for something else: {error}") from error
         raise QueueError(f"Redis refuses: {error}") from error
