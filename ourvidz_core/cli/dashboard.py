@@ -59,10 +59,6 @@ def dashboard(listen: str, token_file: Path | None, hosts: tuple[str, ...], queu
         )
     settings = open_settings(at_least=logging.WARNING)
     redact.add_secrets([token])
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # A thread of its own: a handler that takes a lock its own thread holds would wait for ever.
-        signal.signal(number, lambda *_: threading.Thread(target=ended.set).start())
     with opened_reader(settings, queues) as reader, contextlib.closing(make_storage(settings)) as storage:
         feed = Feed(reader)
         parts = Dashboard(
@@ -75,9 +71,17 @@ def dashboard(listen: str, token_file: Path | None, hosts: tuple[str, ...], queu
         try:
             with contextlib.closing(feed), contextlib.closing(DashboardServer(address, parts)) as server:
                 click.echo(f"the dashboard is at {server.url}/ (Ctrl-C ends it)")
-                ended.wait()
+                _wait_for_a_signal()
         except OSError as error:
             raise SettingsError(f"--listen {listen} cannot be had: {error.strerror or error}") from None
+
+
+def _wait_for_a_signal() -> None:
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # A thread of its own: a handler that takes a lock its own thread holds would wait for ever.
+        signal.signal(number, lambda *_: threading.Thread(target=ended.set).start())
+    ended.wait()
 
 
 @contextlib.contextmanager

@@ -111,7 +111,8 @@ class DashboardServer:
         ending = threading.Thread(target=self._server.shutdown, daemon=True)
         ending.start()
         with contextlib.suppress(OSError):
-            socket.create_connection(self._server.server_address[:2], timeout=1.0).close()
+            host, port = self._server.server_address[:2]
+            socket.create_connection((str(host), port), timeout=1.0).close()
         ending.join(timeout=2.0)
         self._server.server_close()
         self._thread.join(timeout=2.0)

@@ -13,6 +13,7 @@ import pytest
 import redis
 import requests
 
+from ourvidz_core.cli.main import main
 from ourvidz_core.dashboard.figures import stage_times, throughput
 from ourvidz_core.delivery.board import RECENT_JOBS, FinishedJob, RunningJob, StoredAsset
 from ourvidz_core.delivery.embedded import EmbeddedRedis
@@ -218,6 +219,15 @@ def test_what_nobody_of_us_wrote_into_redis_is_told_and_the_page_goes_on(scene: 
         client.flushall()
         scene.publish()
         assert ("trouble", "") in [next(events) for _ in range(2)]
+
+
+def test_an_address_that_is_taken_is_an_error_that_says_so(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REDIS_URL", scene.redis_url)
+    taken = scene.url.removeprefix("http://")
+    assert main(["dashboard", "--listen", taken, "--queues", QUEUES[0]]) == 2
+    assert f"--listen {taken} cannot be had: Address already in use" in capsys.readouterr().err
 
 
 # -- figures
