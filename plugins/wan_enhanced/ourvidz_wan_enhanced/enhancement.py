@@ -107,6 +107,17 @@ def enhance_job(job: Job, context: JobContext) -> Job:
     return attrs.evolve(job, enhanced_prompt=enhancement.prompt, facts={**job.facts, **enhancement.facts})
 
 
+def warm_up_writer(context: JobContext) -> None:
+    """Load what writes the prompts.
+
+    :raises ModelUnavailable: it cannot be had, and why.
+    """
+    try:
+        _writer(_with_found_model(context.settings(EnhancerSettings)), context, {})
+    except _Unenhanced as failure:
+        raise ModelUnavailable(str(failure)) from failure
+
+
 def enhance(prompt: str, *, content_type: ContentType, seed: int, context: JobContext) -> Enhancement:
     """Rewrite ``prompt`` with the model or the server of the settings. Fails in its facts, never silently."""
     settings = _with_found_model(context.settings(EnhancerSettings))

@@ -16,7 +16,7 @@ from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job
 from ourvidz_core.wire.payloads import Payload
 from ourvidz_wan_enhanced.doctor import enhanced_checks
-from ourvidz_wan_enhanced.enhancement import enhance_job
+from ourvidz_wan_enhanced.enhancement import enhance_job, warm_up_writer
 from ourvidz_wan_enhanced.files import add_facts
 from ourvidz_wan_enhanced.job_types import JOB_TYPES
 from ourvidz_wan_enhanced.jobs import parse_enhanced_job
@@ -60,6 +60,12 @@ def generate(job: Job, command: Command, context: JobContext) -> Generation:
         for artifact in generation.artifacts:
             add_facts(artifact.path, facts)
     return generation
+
+
+@hookimpl
+def warm_up(context: JobContext) -> None:
+    """Load the language model. The generator's weights are warmed by WAN's own plugin, which is asked too."""
+    warm_up_writer(context)
 
 
 @hookimpl
