@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ _COLOURS = {Level.GREEN: "green", Level.YELLOW: "yellow", Level.RED: "red"}
 @click.option("--only", multiple=True, metavar="NAME", help="Only this check: redis, storage, models ... Repeatable.")
 @click.option("--thorough", is_flag=True, help="Also what takes minutes: checksums of the model files.")
 def doctor(as_json: bool, only: Sequence[str], thorough: bool) -> int:
-    """Look at Redis, storage, the callback endpoint, models, GPUs, disks, the clock and the plugins.
+    """Look at Redis, storage, the callback endpoint, models, GPUs, disks, the clock, settings and plugins.
 
     Green is well, yellow works, red does not; yellow and red come with their cure. A probe
     object is written to each bucket and removed again; the callback endpoint is asked for
@@ -58,6 +59,7 @@ def all_checks(settings: Settings) -> list[Check]:
     from ourvidz_core.doctor.machine import disk_check, gpu_check
     from ourvidz_core.doctor.plugins import plugin_check
     from ourvidz_core.doctor.redis_server import redis_checks
+    from ourvidz_core.doctor.variables import variables_check
 
     try:
         registry = open_registry(settings)
@@ -79,6 +81,7 @@ def all_checks(settings: Settings) -> list[Check]:
         *models,
         gpu_check(settings, job_types),
         disk_check(settings),
+        variables_check(os.environ),
         *plugins,
     ]
 
