@@ -110,6 +110,8 @@ def plan_workers(
 
     :raises SettingsError: a name is used twice or cannot be one, a queue is nobody's, a GPU is not to be seen.
     """
+    # Two orchestrators of one machine need names of their own, or their workers have one place on the board.
+    whose = host or environ.get(variable_of("worker_name")) or socket.gethostname()
     planned: list[PlannedWorker] = []
     for table in tables:
         if not _NAME.fullmatch(table.name):
@@ -122,7 +124,7 @@ def plan_workers(
                 f" the queues are {', '.join(queues) or 'none'}"
             )
         chosen = table.queues or tuple(queues)
-        worker_name = f"{host or socket.gethostname()}-{table.name}"
+        worker_name = f"{whose}-{table.name}"
         planned.append(
             PlannedWorker(
                 name=table.name,

@@ -137,6 +137,12 @@ def test_each_worker_says_how_it_is_at_a_port_of_its_own(first: str, expected: l
     assert [worker.environment["OURVIDZ_HEALTH_ADDRESS"] for worker in workers] == expected
 
 
+def test_orchestrators_that_share_a_machine_can_name_their_workers_apart() -> None:
+    tables = tables_from_flags(QUEUES, workers=2, gpus=[], per_queue=False)
+    workers = plan_workers(tables, QUEUES, environ={"OURVIDZ_WORKER_NAME": "second"})
+    assert [worker.environment["OURVIDZ_WORKER_NAME"] for worker in workers] == ["second-worker-1", "second-worker-2"]
+
+
 def test_numbers_of_gpus_count_what_the_orchestrator_sees() -> None:
     (worker,) = plan_workers(
         tables_of([{"name": "a", "gpus": [1]}]), QUEUES, environ={"CUDA_VISIBLE_DEVICES": "4,5"}, host="h"
