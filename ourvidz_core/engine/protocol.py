@@ -213,8 +213,5 @@ def decode_error(body: Mapping[str, Any]) -> JobError:
 
 
 def _known_class(cls: type[JobError]) -> type[JobError]:
-    return next(
-        base
-        for base in cls.__mro__
-        if issubclass(base, JobError) and vars(ourvidz_core.errors).get(base.__name__) is base
-    )
+    ours = (base for base in cls.__mro__ if issubclass(base, JobError) and base.__module__ == JobError.__module__)
+    return next(ours, JobError)
