@@ -164,6 +164,27 @@ def test_solver_of_the_message_samples(new_context: NewContext, solver: str | No
     assert made(job(config=FEW_STEPS), new_context()).facts["scheduler"] == "EulerDiscreteScheduler"
 
 
+def test_a_second_job_with_the_same_texts_encodes_nothing_and_draws_the_same(new_context: NewContext) -> None:
+    a_job = job(prompt="a tin robot on a red hill", config=FEW_STEPS)
+    made(job(config=FEW_STEPS), new_context())
+    base = warm_model(new_context()).base
+    forwards: list[int] = []
+    hooks = [
+        encoder.register_forward_hook(lambda *_: forwards.append(1))
+        for encoder in (base.text_encoder, base.text_encoder_2)
+    ]
+    try:
+        first = made(a_job, new_context())
+        encoded = len(forwards)
+        second = made(a_job, new_context())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert encoded > 0
+    assert len(forwards) == encoded
+    assert np.array_equal(pixels(first.artifacts[0]), pixels(second.artifacts[0]))
+
+
 def test_size_is_scaled_to_the_model(new_context: NewContext) -> None:
     generation = made(job(config={"size": "1152*896", "num_inference_steps": 2}), new_context())
     assert pixels(generation.artifacts[0]).shape == (112, 144, 3)
