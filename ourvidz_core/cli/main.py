@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         click.echo(
             f"{type(error).__name__}: {error.filename} cannot be used: {error.strerror}."
-            " OURVIDZ_STATE_DIR and OURVIDZ_WORK_DIR must be directories that this user may write to",
+            " If it lies below OURVIDZ_STATE_DIR or OURVIDZ_WORK_DIR, set that to a directory this user may write to",
             err=True,
         )
         return EXIT_WRONG_USE
