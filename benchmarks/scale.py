@@ -309,7 +309,6 @@ class Fleet:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.scale", "work", *arguments],
             cwd=Path(__file__).parent.parent,
-            env={**os.environ, "OURVIDZ_LOG_LEVEL": "error"},
             stderr=(self.directory / "log").open("ab"),
         )
         self.hosts[process] = names
