@@ -1,15 +1,12 @@
 """Draw the five reference modes of WAN side by side: the same prompt and seed, a row for each mode.
 
-``python docs/draw_reference_frames.py`` uses a small model with random weights and writes the
-picture of ``docs/explanation/reference-frames.md``. ``--ckpt-dir`` takes any t2v-1.3B weights.
+``python docs/draw_reference_frames.py`` uses the installed demo model and writes the picture of
+``docs/explanation/reference-frames.md``. ``--ckpt-dir`` takes any t2v-1.3B weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,9 +19,11 @@ from ourvidz_wan.tasks import TASKS
 from PIL import Image, ImageDraw, ImageFont
 
 from ourvidz_core.engine.context import find_device
+from ourvidz_core.engine.variants import find_model
 
 DOCS = Path(__file__).parent
 TARGET = DOCS / "explanation" / "reference-frames.png"
+REFERENCES = DOCS.parent / "examples" / "demo" / "references"
 #: The options of each mode, and which of the two pictures they take.
 MODES: Mapping[str, Mapping[str, str]] = {
     "none": {},
@@ -36,7 +35,7 @@ MODES: Mapping[str, Mapping[str, str]] = {
 #: Close together where a pin shows, at the ends.
 SHOWN = (0, 1, 2, 4, 8, 20, 40, 60, 72, 76, 79, 80)
 TILE_HEIGHT = 80
-#: Noise, which is what an untrained model makes, does not compress; a palette keeps the file small.
+#: A palette keeps the file small.
 COLOURS = 128
 MARGIN, LABEL_WIDTH, LABEL_HEIGHT = 3, 52, 16
 
@@ -44,28 +43,23 @@ MARGIN, LABEL_WIDTH, LABEL_HEIGHT = 3, 52, 16
 def main() -> None:
     """Generate five videos and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt-dir", type=Path, help="t2v-1.3B weights; default: a small model made for this")
-    parser.add_argument("--prompt", default="a lighthouse on a rocky coast, waves")
-    parser.add_argument("--start", type=Path, help="the start picture; default: one that is drawn")
-    parser.add_argument("--end", type=Path, help="the end picture; default: one that is drawn")
+    parser.add_argument("--ckpt-dir", type=Path, default=Path("demo"), help="t2v-1.3B weights, or an installed model")
+    parser.add_argument("--prompt", default="a red circle moves right on a plain white background")
+    parser.add_argument("--start", type=Path, default=REFERENCES / "start.png")
+    parser.add_argument("--end", type=Path, default=REFERENCES / "end.png")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--out", type=Path, default=TARGET)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        ckpt_dir = given.ckpt_dir or make_small_model(directory / "model")
-        pictures = {
-            "start": given.start or draw_reference(directory / "start.png", sky=(60, 110, 200), sun=(0.3, 0.25)),
-            "end": given.end or draw_reference(directory / "end.png", sky=(230, 130, 60), sun=(0.7, 0.7)),
-        }
-        models = load_models(ckpt_dir, TASKS["t2v-1.3B"], device=find_device())
-        options = {"prompt": given.prompt, "base_seed": given.seed, "sample_steps": given.steps, "ckpt_dir": ckpt_dir}
-        videos = {
-            mode: generate(models, {**options, **{option: pictures[which] for option, which in taken.items()}})
-            for mode, taken in MODES.items()
-        }
-        draw(videos, pictures).quantize(COLOURS).save(given.out, optimize=True)
+    ckpt_dir = find_model(given.ckpt_dir, "wan")
+    pictures = {"start": given.start, "end": given.end}
+    models = load_models(ckpt_dir, TASKS["t2v-1.3B"], device=find_device())
+    options = {"prompt": given.prompt, "base_seed": given.seed, "sample_steps": given.steps, "ckpt_dir": ckpt_dir}
+    videos = {
+        mode: generate(models, {**options, **{option: pictures[which] for option, which in taken.items()}})
+        for mode, taken in MODES.items()
+    }
+    draw(videos, pictures).quantize(COLOURS).save(given.out, optimize=True)
     print(given.out)
 
 
@@ -74,24 +68,6 @@ def generate(models: WanModels, options: Mapping[str, object]) -> NDArray[np.uin
     given = {"task": "t2v-1.3B", "save_file": "unused.mp4", "frame_num": SHOWN[-1] + 1, **options}
     arguments = parse_arguments([f"--{name}={value}" for name, value in given.items()])
     return sample(arguments, models, lambda step, total: None).frames
-
-
-def make_small_model(directory: Path) -> Path:
-    """A model with the production architecture and random weights."""
-    subprocess.run([sys.executable, str(DOCS.parent / "examples/models/tiny_wan.py"), str(directory)], check=True)
-    return directory
-
-
-def draw_reference(path: Path, *, sky: tuple[int, int, int], sun: tuple[float, float]) -> Path:
-    """A picture of a sun over the sea, as large as a video of WAN's."""
-    width, height = 480, 832
-    image = Image.new("RGB", (width, height), sky)
-    pen = ImageDraw.Draw(image)
-    across, down = sun[0] * width, sun[1] * height
-    pen.ellipse((across - 90, down - 90, across + 90, down + 90), fill=(255, 240, 190))
-    pen.rectangle((0, height * 0.8, width, height), fill=(20, 50, 70))
-    image.save(path)
-    return path
 
 
 def draw(videos: Mapping[str, NDArray[np.uint8]], pictures: Mapping[str, Path]) -> Image.Image:

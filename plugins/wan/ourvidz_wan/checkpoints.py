@@ -80,8 +80,6 @@ class WanModels:
     stills: OrderedDict[tuple[str, int], torch.Tensor] = field(factory=OrderedDict, repr=False)
     #: Encoded texts, by what they say.
     texts: OrderedDict[str, torch.Tensor] = field(factory=OrderedDict, repr=False)
-    #: Encoded texts, by what they say.
-    texts: OrderedDict[str, torch.Tensor] = field(factory=OrderedDict, repr=False)
 
 
 def load_models(
