@@ -37,7 +37,7 @@ _REQUIRED = ("Name", "Version", "Summary", "Requires-Python", "Description")
 #: What a released one says besides; an example may leave to its reader what licence a copy has.
 _RELEASED = ("License-Expression", "License-File")
 #: What a wheel may hold besides Python and its own metadata.
-_DATA = re.compile(r"\.(py|typed|json|toml|lua|html|css|md|jinja|safetensors|tmpl|txt)$")
+_DATA = re.compile(r"\.(py|typed|json|toml|lua|html|css|js|svg|md|jinja|safetensors|tmpl|txt)$")
 _NEVER = re.compile(
     r"(^|/)(tests?|conftest\.py|test_[^/]*|\.[^/]*|__pycache__|[^/]*\.(pyc|egg-info|orig|rej|log))(/|$)"
 )
