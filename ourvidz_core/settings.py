@@ -323,6 +323,10 @@ class Settings:
         validator=_address_or_off,
         help="host:port where a worker answers /healthz, /readyz and /metrics; port 0 is any free one; off for none",
     )
+    previews: bool = option(
+        default=False,
+        help="Whether the dashboard shows how far a running job's picture has come, before any policy has seen it",
+    )
     metrics_url: str | None = option(
         default=None, help="Where the worker and completion records of each job are POSTed, as JSON"
     )

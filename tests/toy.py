@@ -24,9 +24,11 @@ def generate(job, context):
     what, seconds = job.config.what, job.config.seconds
     print("a plugin prints to standard output")
     if what == "sleep":
+        from PIL import Image
         steps = max(int(seconds / 0.05), 1)
         for step in range(steps):
             context.progress(step, steps, stage="sleep")
+            context.preview(lambda: Image.new("RGB", (640, 320), "red"))
             time.sleep(0.05)
     elif what == "hang":
         time.sleep(3600)

@@ -64,7 +64,7 @@ def dashboard(listen: str, token_file: Path | None, hosts: tuple[str, ...], queu
         parts = Dashboard(
             feed=feed,
             access=Access(token=token, hosts=hosts),
-            previews=Previews(feed, storage),
+            previews=Previews(feed, storage, reader.preview),
             requeue=reader.requeue,
             media_origins=_origins(settings),
         )

@@ -253,6 +253,7 @@ def make_worker(
             busy_seconds=lambda: machine.slot.busy_seconds,
             dropped_records=lambda: usage.dropped,
             vitals=parts.vitals,
+            working_on=lambda: machine.slot.working_on,
         )
         with watched(settings, registry, make_board(settings), subject):
             yield made

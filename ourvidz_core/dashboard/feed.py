@@ -37,6 +37,7 @@ class Feed:
         self._sections: dict[str, tuple[int, bytes]] = {}
         self._assets: dict[tuple[str, str], StoredAsset] = {}
         self._queues: frozenset[str] = frozenset()
+        self._running: frozenset[str] = frozenset()
         self._watchers = 0
         self._is_closed = False
         self._thread = threading.Thread(target=self._follow, name="feed", daemon=True)
@@ -78,6 +79,11 @@ class Feed:
             self._refresh()
         return self._assets.get((bucket, path))
 
+    def runs(self, job_id: str) -> bool:
+        """Whether a worker has the job."""
+        self._refresh()
+        return job_id in self._running
+
     def look_again(self) -> None:
         """Something was changed through us: read it at once."""
         self._refresh(at_least_after=0.0)
@@ -112,6 +118,7 @@ class Feed:
                 overview = self._reader.read()
                 sections = {**sections_of(overview), TROUBLE: b'""'}
                 self._queues = frozenset(overview.queues)
+                self._running = frozenset(job.id for worker in overview.workers for job in worker.jobs)
                 self._assets = {(asset.bucket, asset.path): asset for job in overview.recent for asset in job.assets}
             except QueueError as error:
                 logger.warning("the dashboard shows what was true before: %s", error)

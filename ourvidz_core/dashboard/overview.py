@@ -54,7 +54,7 @@ class Overview:
 
 
 class Reader:
-    """Reads overviews, and puts dead letters back. Not thread-safe but for :meth:`requeue`."""
+    """Reads overviews, and puts dead letters back. Only :meth:`requeue` and :meth:`preview` are thread-safe."""
 
     def __init__(self, queue: Queue, board: Board, names: Sequence[str]) -> None:
         self._queue = queue
@@ -89,6 +89,13 @@ class Reader:
                 if _name_of(known) == letter:
                     return self._queue.requeue(queue, known)
         return RequeueAnswer.ABSENT
+
+    def preview(self, job_id: str) -> bytes | None:
+        """The newest preview of a job, or None.
+
+        :raises QueueError: Redis does not answer.
+        """
+        return self._board.preview(job_id)
 
     def _dead(self, queue: str, count: int) -> tuple[DeadJob, ...]:
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Shows the assets of recent jobs, and nothing else that storage holds."""
+"""Shows the assets of recent jobs and the previews of running ones, and nothing else that storage or Redis holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +16,7 @@ from ourvidz_core.dashboard.feed import Feed
 from ourvidz_core.dashboard.sections import SHOWN_MEDIA
 from ourvidz_core.delivery.storage import Storage, ViewableStorage
 from ourvidz_core.errors import StorageError
+from ourvidz_core.wire.previews import is_preview
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
@@ -30,11 +31,12 @@ class Preview:
 
 
 class Previews:
-    """Finds assets by the way that the page names them."""
+    """Finds assets and previews by the way that the page names them."""
 
-    def __init__(self, feed: Feed, storage: Storage) -> None:
+    def __init__(self, feed: Feed, storage: Storage, preview: Callable[[str], bytes | None]) -> None:
         self._feed = feed
         self._storage = storage
+        self._preview = preview
 
     def find(self, bucket: str, path: str) -> Preview | None:
         """The asset, or None where no recent job left one there, or its storage cannot show it."""
@@ -46,6 +48,14 @@ class Previews:
             return Preview(media_type=asset.media_type, source=self._storage.view(bucket, path))
         except StorageError:
             return None
+
+    def of_running(self, job_id: str) -> bytes | None:
+        """The newest preview of a job, a JPEG; None where it has none or runs no more.
+
+        :raises QueueError: Redis does not answer.
+        """
+        content = self._preview(job_id) if self._feed.runs(job_id) else None
+        return content if content is not None and is_preview(content) else None
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import attrs
 
 from ourvidz_core.dashboard.figures import stage_times, throughput
 from ourvidz_core.dashboard.overview import Overview
-from ourvidz_core.delivery.board import FinishedJob, StoredAsset
+from ourvidz_core.delivery.board import FinishedJob, RunningJob, StoredAsset, WorkerStatus
 from ourvidz_core.observe.collectors import QueueFacts
 from ourvidz_core.wire.callbacks import JobStatus
 
@@ -28,10 +28,7 @@ def sections_of(overview: Overview) -> dict[str, bytes]:
     failed = [job for job in overview.recent if job.status is JobStatus.FAILED]
     sections: Mapping[str, Any] = {
         "queues": [_queue(name, facts, overview.at) for name, facts in overview.queues.items()],
-        "workers": [
-            attrs.asdict(worker, filter=lambda attribute, _: attribute.name not in _NEVER_CHANGED)
-            for worker in overview.workers
-        ],
+        "workers": [_worker(worker) for worker in overview.workers],
         "results": [_result(job) for job in results[:_SHOWN_RESULTS]],
         "failures": [_failure(job) for job in failed[:_SHOWN_FAILURES]],
         "dead": [attrs.asdict(letter) for letter in overview.dead],
@@ -56,6 +53,18 @@ def _queue(name: str, facts: QueueFacts, at: float) -> dict[str, Any]:
         "lease_overdue": facts.lease_overdue_seconds > 0,
         "outbox_oldest_at": _moment(at, facts.outbox_oldest_seconds),
     }
+
+
+def _worker(worker: WorkerStatus) -> dict[str, Any]:
+    said = attrs.asdict(worker, filter=lambda attribute, _: attribute.name not in _NEVER_CHANGED)
+    return {**said, "jobs": [{**attrs.asdict(job), "preview": _preview(job)} for job in worker.jobs]}
+
+
+def _preview(job: RunningJob) -> str | None:
+    """Where the page finds it: another address for each, so that it is asked for again."""
+    if job.previewed_at is None:
+        return None
+    return f"/previews/{quote(job.id, safe='', errors='replace')}?at={job.previewed_at:.3f}"
 
 
 def _moment(at: float, age_seconds: float | None) -> int | None:

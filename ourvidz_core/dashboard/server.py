@@ -227,6 +227,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/assets/"):
             self._reader(said)
             self._show(path.removeprefix("/assets/"), said)
+        elif path.startswith("/previews/"):
+            self._reader(said)
+            self._show_running(unquote(path.removeprefix("/previews/")))
         else:
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
 
@@ -275,6 +278,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_file(preview, said)
         except OSError:
             raise Refused(HTTPStatus.NOT_FOUND, "the asset is not there any more") from None
+
+    def _show_running(self, job_id: str) -> None:
+        content = self.dashboard.previews.of_running(job_id)
+        if content is None:
+            raise Refused(HTTPStatus.NOT_FOUND, "no running job has a preview there")
+        headers = {"Content-Type": "image/jpeg", "Content-Security-Policy": _PREVIEW_POLICY}
+        self._head(HTTPStatus.OK, {**headers, "Content-Length": str(len(content))})
+        if self.command != "HEAD":
+            self._write(content)
 
     def _send_file(self, preview: Preview, said: Mapping[str, str]) -> None:
         assert not isinstance(preview.source, str)

@@ -6,6 +6,7 @@ away. It holds no prompt, no message and no query string of a URL.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -23,6 +24,7 @@ from redis.retry import Retry
 from ourvidz_core.delivery.redis_queue import translated
 from ourvidz_core.errors import QueueError
 from ourvidz_core.wire.callbacks import JobStatus
+from ourvidz_core.wire.previews import PREVIEW_BYTES
 from ourvidz_core.wire.states import EngineState, WorkerState
 
 #: How often a worker says that it lives when nothing else has changed.
@@ -31,6 +33,8 @@ HEARTBEAT_SECONDS = 10.0
 LIFETIME_SECONDS = 3 * HEARTBEAT_SECONDS
 #: Ended jobs that the board remembers.
 RECENT_JOBS = 500
+#: A preview that is not put there again for this long is off the board.
+PREVIEW_SECONDS = 30.0
 #: The board is asked beside the work and by people who wait; it answers soon or not at all.
 _TIMEOUT_SECONDS = 3.0
 
@@ -38,6 +42,7 @@ _TIMEOUT_SECONDS = 3.0
 _NAMES_KEY = "{ourvidz}:workers"
 _WORKER_KEY = "{ourvidz}:worker:"
 _RECENT_KEY = "{ourvidz}:recent"
+_PREVIEW_KEY = "{ourvidz}:preview:"
 
 _converter = make_converter()
 
@@ -61,6 +66,8 @@ class RunningJob:
     claimed_at: float
     #: When the engine began with it; None before that.
     started_at: float | None = None
+    #: When its newest preview was made; None where it has none.
+    previewed_at: float | None = None
 
 
 @frozen(kw_only=True)
@@ -140,6 +147,14 @@ class Board(Protocol):
         """Say that a job is over."""
         ...
 
+    def show_preview(self, job_id: str, content: bytes) -> None:
+        """Put the newest preview of a running job there for ``PREVIEW_SECONDS``, unless it is too large."""
+        ...
+
+    def preview(self, job_id: str) -> bytes | None:
+        """The newest preview of a job, or None."""
+        ...
+
     def workers(self) -> list[WorkerStatus]:
         """The workers that live, by name."""
         ...
@@ -156,7 +171,7 @@ class Board(Protocol):
 class RedisBoard:
     """A board on the queue's Redis, with connections of its own. Thread-safe.
 
-    One key a worker, which expires, and one list of ended jobs, which is capped.
+    One key a worker and one a preview, which expire, and one list of ended jobs, which is capped.
     Every method raises :class:`~ourvidz_core.errors.QueueUnavailable` where Redis does not answer.
     """
 
@@ -166,11 +181,13 @@ class RedisBoard:
         *,
         lifetime_seconds: float = LIFETIME_SECONDS,
         recent_jobs: int = RECENT_JOBS,
+        preview_seconds: float = PREVIEW_SECONDS,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
         self._lifetime_ms = int(lifetime_seconds * 1000)
         self._recent_jobs = recent_jobs
+        self._preview_ms = int(preview_seconds * 1000)
         self._on_close = on_close
 
     @classmethod
@@ -205,6 +222,17 @@ class RedisBoard:
             pipe.ltrim(_RECENT_KEY, 0, self._recent_jobs - 1)
             pipe.execute()
 
+    def show_preview(self, job_id: str, content: bytes) -> None:
+        if len(content) <= PREVIEW_BYTES:
+            with translated():
+                self._client.set(_preview_key(job_id), content, px=self._preview_ms)
+
+    def preview(self, job_id: str) -> bytes | None:
+        with translated():
+            # One of another's making may be of any size.
+            content = cast(bytes, self._client.getrange(_preview_key(job_id), 0, PREVIEW_BYTES))
+        return content if 0 < len(content) <= PREVIEW_BYTES else None
+
     def workers(self) -> list[WorkerStatus]:
         with translated():
             names = sorted(cast(set[bytes], self._client.smembers(_NAMES_KEY)))
@@ -236,6 +264,7 @@ class MemoryBoard:
         self._lock = threading.Lock()
         self._workers: dict[str, WorkerStatus] = {}
         self._recent: deque[FinishedJob] = deque(maxlen=RECENT_JOBS)
+        self._previews: dict[str, tuple[float, bytes]] = {}
 
     def publish(self, status: WorkerStatus) -> None:
         with self._lock:
@@ -249,6 +278,18 @@ class MemoryBoard:
         with self._lock:
             self._recent.appendleft(record)
 
+    def show_preview(self, job_id: str, content: bytes) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._previews = {known: entry for known, entry in self._previews.items() if entry[0] > now}
+            if len(content) <= PREVIEW_BYTES:
+                self._previews[job_id] = (now + PREVIEW_SECONDS, content)
+
+    def preview(self, job_id: str) -> bytes | None:
+        with self._lock:
+            until, content = self._previews.get(job_id, (0.0, b""))
+        return content if until > time.monotonic() else None
+
     def workers(self) -> list[WorkerStatus]:
         with self._lock:
             return [self._workers[name] for name in sorted(self._workers)]
@@ -259,6 +300,11 @@ class MemoryBoard:
 
     def close(self) -> None:
         """There is nothing to let go of."""
+
+
+def _preview_key(job_id: str) -> str:
+    # An id is whatever a producer wrote.
+    return _PREVIEW_KEY + hashlib.sha256(job_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _encode(entry: WorkerStatus | FinishedJob) -> bytes:

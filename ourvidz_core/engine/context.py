@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ourvidz_core.engine.commands import run_command
+from ourvidz_core.engine.previews import write_preview
 from ourvidz_core.errors import ArtifactError, JobCancelled, JobTimeout
 from ourvidz_core.plugins.context import Models
 from ourvidz_core.settings import load_section
 from ourvidz_core.wire.artifacts import Artifact
 from ourvidz_core.wire.commands import Command
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
 Section = TypeVar("Section")
+
+#: A preview is for people who watch: they see no more of them than this.
+PREVIEW_SECONDS = 1.0
 
 MEDIA_TYPES: Mapping[str, str] = {
     "png": "image/png",
@@ -41,6 +51,8 @@ class EngineContext:
         on_progress: Callable[[str, int, int], None] = lambda stage, step, total: None,
         cancelled: threading.Event | None = None,
         environ: Mapping[str, str] | None = None,
+        previews: bool = False,
+        preview_seconds: float = PREVIEW_SECONDS,
     ) -> None:
         self.work_dir = work_dir
         self.models = models
@@ -51,6 +63,9 @@ class EngineContext:
         self._cancelled = cancelled or threading.Event()
         self._environ = environ
         self._outputs: list[Path] = []
+        self._previews = previews
+        self._preview_seconds = preview_seconds
+        self._next_preview = float("-inf")
 
     @property
     def device(self) -> str:
@@ -78,6 +93,16 @@ class EngineContext:
         """Report a step; raises where the job shall stop."""
         self._stop_if_asked()
         self._on_progress(str(stage), int(step), int(total))  # a numpy or torch integer is welcome
+
+    def preview(self, image: Image | Path | Callable[[], Image | Path]) -> None:
+        """Show how far the job has come, where that is wanted and due."""
+        if not self._previews or time.monotonic() < self._next_preview:
+            return
+        try:
+            write_preview(image() if callable(image) else image, self.work_dir)
+        except Exception as error:  # whatever ails a preview, the job goes on
+            logger.debug("no preview could be made", exc_info=error)
+        self._next_preview = time.monotonic() + self._preview_seconds
 
     def run(self, command: Command) -> tuple[Artifact, ...]:
         """Run the command and collect its outputs."""

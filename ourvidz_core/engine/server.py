@@ -91,6 +91,7 @@ class EngineServer:
             device=self._settings.device,
             on_progress=self._say_progress,
             cancelled=self._cancelled,
+            previews=self._settings.previews,
         )
 
     def _work(self, request: RunJob) -> JobFinished | JobBroken:

@@ -30,11 +30,13 @@ class Publisher:
         board: Board,
         status: Callable[[], WorkerStatus],
         *,
+        tell_previews: Callable[[], None] = lambda: None,
         interval_seconds: float = INTERVAL_SECONDS,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> None:
         self._board = board
         self._status = status
+        self._tell_previews = tell_previews
         self._interval_seconds = interval_seconds
         self._heartbeat_seconds = heartbeat_seconds
         self._changed = threading.Event()
@@ -74,6 +76,7 @@ class Publisher:
         self._say(lambda: self._board.withdraw(self._status().name))
 
     def _tell_status(self) -> None:
+        self._tell_previews()
         status = self._status()
         is_busy = status.jobs or status.state is WorkerState.STARTING
         self._wait_seconds = min(WORKING_SECONDS, self._heartbeat_seconds) if is_busy else self._heartbeat_seconds

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
@@ -19,6 +20,7 @@ from ourvidz_core.delivery.queue import Queue
 from ourvidz_core.observe.activity import Activity
 from ourvidz_core.observe.device import DeviceMonitor
 from ourvidz_core.observe.joblog import log_event
+from ourvidz_core.observe.previews import PreviewTeller
 from ourvidz_core.observe.publisher import Publisher
 from ourvidz_core.observe.server import Answer, HealthServer
 from ourvidz_core.observe.vitals import Vitals
@@ -48,6 +50,8 @@ class Subject:
     #: Records of usage that the endpoint did not take.
     dropped_records: Callable[[], int]
     vitals: Vitals
+    #: The id and the work directory of the job that has the engine.
+    working_on: Callable[[], tuple[str, Path] | None] = lambda: None
 
 
 @contextlib.contextmanager
@@ -64,6 +68,7 @@ def watched(
         stack.callback(board.close)
         device = stack.enter_context(contextlib.closing(DeviceMonitor(settings.device, environ)))
         activity = Activity(settings.worker_name)
+        previews = PreviewTeller(board, subject.working_on if settings.previews else lambda: None)
         first = WorkerStatus(
             name=settings.worker_name,
             host=socket.gethostname(),
@@ -82,7 +87,7 @@ def watched(
                 state=subject.state(),
                 published_at=time.time(),
                 engine=subject.engine(),
-                jobs=activity.running,
+                jobs=previews.mark(activity.running),
                 device=device.memory(),
                 completed=counts.completed,
                 failed=counts.failed,
@@ -90,7 +95,7 @@ def watched(
                 health_address=address[0] if address else None,
             )
 
-        publisher = Publisher(board, status)
+        publisher = Publisher(board, status, tell_previews=previews.tell)
         activity.tell(publisher.note_change, publisher.add_finished)
         for observer in (log_event, subject.vitals, activity):
             registry.observe(_WHO, observer)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ourvidz_core.wire.artifacts import Artifact
 from ourvidz_core.wire.commands import Command
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Model = TypeVar("Model")
 Section = TypeVar("Section")
@@ -54,6 +57,15 @@ class JobContext(Protocol):
 
         :raises JobCancelled: the job shall stop.
         :raises JobTimeout: its deadline has passed.
+        """
+        ...
+
+    def preview(self, image: Image | Path | Callable[[], Image | Path]) -> None:
+        """Show those who watch the dashboard how far the job has come. Optional, and may be called at every step.
+
+        It does nothing unless ``OURVIDZ_PREVIEWS`` is on, and takes one picture a second, which it scales to at most
+        256 pixels. Give a function where making the picture costs something: it is called only when one is due.
+        A preview that cannot be made is left out; no job fails for it.
         """
         ...
 

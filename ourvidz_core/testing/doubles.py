@@ -32,6 +32,8 @@ class RecordingContext(EngineContext):
         device: str = "cpu",
         cancelled: threading.Event | None = None,
         models: ModelCache | None = None,
+        previews: bool = False,
+        preview_seconds: float = 0.0,
     ) -> None:
         #: What was reported, as (stage, step, total).
         self.steps: list[tuple[str, int, int]] = []
@@ -43,6 +45,8 @@ class RecordingContext(EngineContext):
             on_progress=lambda stage, step, total: self.steps.append((stage, step, total)),
             cancelled=cancelled,
             environ=environ or {},
+            previews=previews,
+            preview_seconds=preview_seconds,
         )
 
 

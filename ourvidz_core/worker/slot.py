@@ -30,12 +30,18 @@ class EngineSlot:
         self._stage_started: float | None = None
         self._seconds_left: float | None = None
         self._turn_started: float | None = None
+        self._working_on: tuple[str, Path] | None = None
         self._busy_before = 0.0
 
     @property
     def state(self) -> EngineState:
         """What the engine is doing."""
         return self._engine.state
+
+    @property
+    def working_on(self) -> tuple[str, Path] | None:
+        """The id and the work directory of the job that has the engine."""
+        return self._working_on
 
     @property
     def busy_seconds(self) -> float:
@@ -71,6 +77,7 @@ class EngineSlot:
                     raise JobCancelled("the job was cancelled before its turn at the engine")
             self._stage_started = self._seconds_left = None
             self._turn_started = time.monotonic()
+            self._working_on = (job.id, work_dir)
         try:
             self._report(
                 GenerationStarted(job_id=job.id, job_type=job.job_type, waited_seconds=time.monotonic() - asked_at)
@@ -86,7 +93,7 @@ class EngineSlot:
             with self._turn:
                 self._waiting.popleft()
                 self._busy_before += time.monotonic() - self._turn_started
-                self._turn_started = None
+                self._turn_started = self._working_on = None
                 self._turn.notify_all()
 
     def warm_up(

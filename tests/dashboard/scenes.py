@@ -125,7 +125,7 @@ def opened(directory: Path, server: EmbeddedRedis, *, storage: Storage | None = 
             parts = Dashboard(
                 feed=feed,
                 access=Access(**access),
-                previews=Previews(feed, storage or DirectoryStorage(directory)),
+                previews=Previews(feed, storage or DirectoryStorage(directory), reader.preview),
                 requeue=reader.requeue,
                 media_origins=origins,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from ourvidz_core.delivery.board import (
 from ourvidz_core.delivery.embedded import EmbeddedRedis
 from ourvidz_core.errors import QueueUnavailable
 from ourvidz_core.wire.callbacks import JobStatus
+from ourvidz_core.wire.previews import PREVIEW_BYTES
 from ourvidz_core.wire.states import EngineState, WorkerState
 
 STATUS = WorkerStatus(
@@ -122,6 +124,31 @@ def test_the_list_of_ended_jobs_stays_short(server: EmbeddedRedis, client: redis
     assert [record.id for record in board.recent()] == ["job-9", "job-8", "job-7"]
     assert client.llen("{ourvidz}:recent") == 3
     board.close()
+
+
+def test_the_newest_preview_of_a_job_is_kept_and_none_that_is_too_large(board: Board) -> None:
+    for content in (b"first", b"second", b"x" * (PREVIEW_BYTES + 1)):
+        board.show_preview("a", content)
+    board.show_preview("\ud800 " * 500, b"of an odd id")
+    assert [board.preview("a"), board.preview("b")] == [b"second", None]
+    assert board.preview("\ud800 " * 500) == b"of an odd id"
+
+
+def test_a_preview_is_forgotten_by_itself_and_one_of_anothers_making_is_not_read_whole(
+    server: EmbeddedRedis, client: redis.Redis
+) -> None:
+    with contextlib.closing(RedisBoard.connect(server.address)) as board:
+        board.show_preview("a", b"x" * PREVIEW_BYTES)
+        (key,) = client.keys("{ourvidz}:preview:*")
+        assert (client.strlen(key), 0 < client.pttl(key) <= 30_000) == (PREVIEW_BYTES, True)
+        client.append(key, b"x")
+        assert board.preview("a") is None
+    with contextlib.closing(RedisBoard.connect(server.address, preview_seconds=0.01)) as board:
+        board.show_preview("a", b"x")
+        deadline = time.monotonic() + 5
+        while client.exists(key):
+            assert time.monotonic() < deadline
+        assert board.preview("a") is None
 
 
 def test_what_another_version_wrote_is_passed_over(server: EmbeddedRedis, client: redis.Redis) -> None:

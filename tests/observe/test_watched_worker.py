@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from attrs import define
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from ourvidz_core.delivery.board import FinishedJob, RedisBoard, WorkerStatus
@@ -33,6 +35,7 @@ class Story:
     """What was seen of one worker that completed a job and failed another."""
 
     during: WorkerStatus
+    preview: bytes | None
     ready: dict[str, Any]
     after: WorkerStatus
     recent: list[FinishedJob]
@@ -65,13 +68,15 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             "OURVIDZ_WORKER_NAME": "gpu-1",
             "OURVIDZ_LOG_FORMAT": "json",
             "OURVIDZ_LOG_LEVEL": "debug",
+            "OURVIDZ_PREVIEWS": "true",
         }
         job = {"type": "toy_image", "prompt": PROMPT}
         fleet.push_message({"id": "good", **job, "config": {"what": "sleep", "seconds": 1.5, "seed": 1}})
         fleet.push_message({"id": "bad", **job, "config": {"what": "raise"}})
         process = fleet.start()
-        fleet.wait_for(lambda: any(job.step for status in board.workers() for job in status.jobs))
+        fleet.wait_for(lambda: any(job.previewed_at for status in board.workers() for job in status.jobs))
         (during,) = board.workers()
+        preview = board.preview("good")
 
         def page(path: str) -> str:
             with urllib.request.urlopen(f"http://{during.health_address}{path}", timeout=10) as answer:
@@ -87,6 +92,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         assert process.wait(timeout=20) == 0
         yield Story(
             during=during,
+            preview=preview,
             ready=ready,
             after=after,
             recent=board.recent(),
@@ -110,6 +116,13 @@ def test_the_board_shows_a_job_while_it_runs(story: Story) -> None:
     assert (good.type, good.attempt, good.stage, good.total) == ("toy_image", 1, "sleep", 30)
     assert good.claimed_at <= good.started_at <= story.during.published_at
     assert story.ready["checks"] == {"worker": "ok", "redis": "ok", "engine": "ok", "storage": "ok"}
+
+
+def test_the_board_has_a_preview_of_the_job_that_runs(story: Story) -> None:
+    picture = Image.open(io.BytesIO(story.preview))
+    assert (picture.format, picture.size) == ("JPEG", (256, 128))
+    assert picture.getpixel((9, 9)) == pytest.approx((255, 0, 0), abs=6)
+    assert [job.id for job in story.during.jobs if job.previewed_at] == ["good"]
 
 
 def test_the_board_remembers_what_ended_and_forgets_the_worker_that_left(story: Story) -> None:

@@ -146,10 +146,15 @@ function showWorkers(workers) {
   sync(byId("running"), jobs, (job) => `${job.worker} ${job.id} ${job.attempt}`, (job) => {
     const bar = make("progress");
     bar.setAttribute("aria-label", `Progress of ${job.type} ${job.id}`);
+    const sketch = make("img", "sketch");
+    Object.assign(sketch, { alt: `Preview of ${job.type} ${job.id}`, hidden: true, decoding: "async" });
+    sketch.addEventListener("load", () => { sketch.hidden = false; });
+    sketch.addEventListener("error", () => { sketch.hidden = true; });
     return make("li", "", make("div", "split", make("h3", "", job.type), ticking(job.claimed_at)), bar,
-      make("div", "split", make("span"), make("span")), make("p", "id", job.id), make("p", "facts"));
+      make("div", "split", make("span"), make("span")), make("p", "id", job.id), make("p", "facts"), sketch);
   }, (entry, job) => {
-    const [, bar, steps, , facts] = entry.children;
+    const [, bar, steps, , facts, sketch] = entry.children;
+    if (job.preview && sketch.getAttribute("src") !== job.preview) sketch.src = job.preview;
     say(steps.firstChild, job.stage);
     if (job.total) {
       bar.max = job.total;

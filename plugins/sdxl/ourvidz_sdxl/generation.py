@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+from torch import Tensor
 
 from ourvidz_core.engine.pictures import write_png
 from ourvidz_core.engine.variants import find_model, read_variant
@@ -59,11 +60,12 @@ def generate_images(job: Job, context: JobContext) -> Generation:
         solver=config.sample_solver,
         reference=_reference(job, width, height),
     )
-    drawn = model.draw(
-        request,
-        sampling=Samplings(settings),
-        on_step=lambda step, total: context.progress(step, total, stage="denoise"),
-    )
+
+    def on_step(step: int, total: int, latents: Tensor) -> None:
+        context.progress(step, total, stage="denoise")
+        context.preview(lambda: model.sketch(latents))
+
+    drawn = model.draw(request, sampling=Samplings(settings), on_step=on_step)
     facts = _facts(job, request=request, drawn=drawn, negative=negative, model=model, model_path=model_path)
     paths = [context.output_path("png") for _ in drawn.images]
     with ThreadPoolExecutor(len(paths)) as pool:
@@ -88,7 +90,9 @@ def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
             guidance_scale=presets[0].guidance_scale,
             solver=presets[0].sample_solver,
         )
-        model.draw(request, sampling=Samplings(settings), on_step=context.progress)
+        model.draw(
+            request, sampling=Samplings(settings), on_step=lambda step, total, _latents: context.progress(step, total)
+        )
 
 
 def choose_model(settings: SdxlSettings, model_variant: str | None) -> Path:

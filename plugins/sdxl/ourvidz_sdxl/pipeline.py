@@ -28,6 +28,9 @@ from ourvidz_sdxl.variants import SdxlVariant
 
 logger = logging.getLogger(__name__)
 
+#: Latents on the longer side of a sketch: 128 pixels, a 64th of the decoder's work for an image of 1024x1024.
+_SKETCH_LATENTS = 16
+
 
 @frozen(kw_only=True)
 class ReferencePicture:
@@ -105,9 +108,11 @@ class SdxlPipeline:
         request: ImageRequest,
         *,
         sampling: Callable[[SdxlPipeline, ImageRequest, Any], Sampling],
-        on_step: Callable[[int, int], None],
+        on_step: Callable[[int, int, torch.Tensor], None],
     ) -> DrawnImages:
         """Draw the images in batches as large as the memory takes.
+
+        ``on_step`` is told the step, the number of all and the latents of the batch after it.
 
         :raises OutOfMemory: not even one image fits.
         """
@@ -150,6 +155,20 @@ class SdxlPipeline:
         picture: Image = self.base.image_processor.postprocess(pixels, output_type="pil")[0]
         return picture
 
+    def sketch(self, latents: torch.Tensor) -> Image:
+        """A small guess at the first picture of latents that are still noisy. The device is waited for.
+
+        Latents are nearly linear in the colours of the picture (T. A. Vass, "Explaining the SDXL latent space", 2023),
+        so their averages decode to a small picture of nearly the same colours.
+        """
+        first = latents[:1].detach().float()
+        # Noise makes them larger than a picture's are, by a factor that differs between schedulers.
+        first = first / first.std().clamp(min=1.0)
+        height, width = first.shape[-2:]
+        scale = min(1.0, _SKETCH_LATENTS / max(height, width))
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        return self.decode_latents(torch.nn.functional.interpolate(first, size=size, mode="area"))
+
     def noise(self, width: int, height: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """The noise of a batch, drawn image by image."""
         factor = self.base.vae_scale_factor
@@ -162,7 +181,7 @@ class SdxlPipeline:
         request: ImageRequest,
         conditioning: Conditioning,
         way: Sampling,
-        on_step: Callable[[int, int], None],
+        on_step: Callable[[int, int, torch.Tensor], None],
     ) -> tuple[list[Image], list[int]]:
         images: list[Image] = []
         batch_sizes: list[int] = []
@@ -193,13 +212,13 @@ class SdxlPipeline:
         conditioning: Conditioning,
         way: Sampling,
         seeds: Sequence[int],
-        on_step: Callable[[int], None],
+        on_step: Callable[[int, torch.Tensor], None],
     ) -> torch.Tensor | None:
         """The latents of a batch, or None where it does not fit into memory."""
 
-        def after_step(pipeline: Any, index: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        def after_step(pipeline: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             # A scheduler of second order calls the UNet twice for one step.
-            on_step(min(way.steps, index * way.steps // max(1, pipeline.num_timesteps) + 1))
+            on_step(min(way.steps, index * way.steps // max(1, pipeline.num_timesteps) + 1), tensors["latents"])
             return {}
 
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -300,8 +319,10 @@ def _from_checkpoint(model: Path, dtype: torch.dtype, config_dir: Path | None) -
     )
 
 
-def _report(on_step: Callable[[int, int], None], done: int, total: int, step: int) -> None:
-    on_step(done + step, total)
+def _report(
+    on_step: Callable[[int, int, torch.Tensor], None], done: int, total: int, step: int, latents: torch.Tensor
+) -> None:
+    on_step(done + step, total, latents)
 
 
 def _for_each(embeddings: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
