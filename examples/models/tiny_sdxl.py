@@ -1,4 +1,4 @@
-"""Build a small SDXL with random weights, for tests and for demos until a trained one is there.
+"""Build a small SDXL with random weights, for tests of everything but meaning.
 
 Its parts are those of the real model (two CLIP text encoders with their tokenizers, the
 UNet with SDXL's layout of blocks, the autoencoder), only narrow, so it takes the same way

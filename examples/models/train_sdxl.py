@@ -223,14 +223,7 @@ def train_unet(
 
 def main() -> None:
     """Train, and write the model down."""
-    parser = training.arguments(__doc__)
-    parser.add_argument("--vae-steps", type=int, default=20000, help="0: the autoencoder stays as it is")
-    parser.add_argument("--vae-seconds", type=float, default=1e6)
-    parser.add_argument("--steps", type=int, default=100000)
-    parser.add_argument("--seconds", type=float, default=1e6)
-    parser.add_argument("--batch", type=int, default=768)
-    parser.add_argument("--rate", type=float, default=8e-4)
-    parser.add_argument("--plain-part", type=float, default=PLAIN_PART, help="part of the training without guidance")
+    parser = training.diffusion_arguments(__doc__, batch=768, rate=8e-4, plain_part=PLAIN_PART)
     chosen = parser.parse_args()
     device = training.start(chosen.seed)
     pipeline: Any = make_pipeline()
@@ -238,9 +231,7 @@ def main() -> None:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             str(chosen.weights), torch_dtype=torch.float32, local_files_only=True, add_watermarker=False
         )
-    for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
-        logger.info("%s: %.2f M weights", type(part).__name__, sum(p.numel() for p in part.parameters()) / 1e6)
-        part.to(device)
+    training.place([pipeline.vae, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2], device)
     if chosen.vae_steps:
         vae_run = training.Run(
             "sdxl_vae", [pipeline.vae], work=chosen.work, steps=chosen.vae_steps, seconds=chosen.vae_seconds, rate=1e-3

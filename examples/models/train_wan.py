@@ -386,22 +386,13 @@ def load(directory: Path) -> Any:
 
 def main() -> None:
     """Train, and write the model down."""
-    parser = training.arguments(__doc__)
-    parser.add_argument("--vae-steps", type=int, default=20000, help="0: the autoencoder stays as it is")
-    parser.add_argument("--vae-seconds", type=float, default=1e6)
-    parser.add_argument("--steps", type=int, default=100000)
-    parser.add_argument("--seconds", type=float, default=1e6)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--plain-part", type=float, default=PLAIN_PART, help="part of the training without guidance")
+    parser = training.diffusion_arguments(__doc__, batch=96, rate=1e-3, plain_part=PLAIN_PART)
     parser.add_argument("--native", type=Path, help="where to write the model in the layout that WAN was published in")
     parser.add_argument("--vae-channels", type=int, default=VAE_CHANNELS)
     chosen = parser.parse_args()
     device = training.start(chosen.seed)
     pipeline = load(chosen.weights) if chosen.weights else make_pipeline(chosen.vae_channels)
-    for part in (pipeline.vae, pipeline.transformer, pipeline.text_encoder):
-        logger.info("%s: %.2f M weights", type(part).__name__, sum(p.numel() for p in part.parameters()) / 1e6)
-        part.to(device).train()
+    training.place([pipeline.vae, pipeline.transformer, pipeline.text_encoder], device)
     if chosen.vae_steps:
         vae_run = training.Run(
             "wan_vae",

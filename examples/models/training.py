@@ -65,6 +65,28 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def diffusion_arguments(
+    description: str | None, *, batch: int, rate: float, plain_part: float
+) -> argparse.ArgumentParser:
+    """The command line of a model whose autoencoder is trained before what draws."""
+    parser = arguments(description)
+    parser.add_argument("--vae-steps", type=int, default=20000, help="0: the autoencoder stays as it is")
+    parser.add_argument("--vae-seconds", type=float, default=1e6)
+    parser.add_argument("--steps", type=int, default=100000)
+    parser.add_argument("--seconds", type=float, default=1e6)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--rate", type=float, default=rate)
+    parser.add_argument("--plain-part", type=float, default=plain_part, help="part of the training without guidance")
+    return parser
+
+
+def place(parts: Sequence[torch.nn.Module], device: torch.device) -> None:
+    """Move what is trained to ``device``, and tell its size."""
+    for part in parts:
+        logger.info("%s: %.2f M weights", type(part).__name__, sum(p.numel() for p in part.parameters()) / 1e6)
+        part.to(device).train()
+
+
 class Run:
     """One model's training: steps until a number of them or a time is reached, whichever is first.
 
