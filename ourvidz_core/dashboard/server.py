@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs, unquote
@@ -22,6 +22,7 @@ from ourvidz_core.dashboard.feed import Feed
 from ourvidz_core.dashboard.previews import Preview, Previews, opened, wanted_range
 from ourvidz_core.delivery.queue import RequeueAnswer
 from ourvidz_core.errors import QueueError
+from ourvidz_core.observe.serving import Serving, ThreadedServer
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Dashboard:
         )
 
 
-class DashboardServer:
+class DashboardServer(Serving):
     """Serves a dashboard from threads of its own until it is closed.
 
     :raises OSError: the address cannot be had.
@@ -95,38 +96,17 @@ class DashboardServer:
         self, address: tuple[str, int], dashboard: Dashboard, *, request_seconds: float = _REQUEST_SECONDS
     ) -> None:
         parts = {"dashboard": dashboard, "streams": threading.Semaphore(_STREAMS), "timeout": request_seconds}
-        self._server = _Server(address, type("Handler", (_Handler,), parts), request_seconds)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="dashboard", daemon=True)
-        self._thread.start()
+        super().__init__(_Server(address, type("Handler", (_Handler,), parts), request_seconds), name="dashboard")
 
     @property
     def url(self) -> str:
-        """Where it is, with the port that was found where 0 was asked for."""
-        host, port = self._server.server_address[:2]
-        return f"http://[{host!s}]:{port}" if ":" in str(host) else f"http://{host!s}:{port}"
-
-    def close(self) -> None:
-        """Answer no more."""
-        # The loop looks whether it shall end when somebody connects, or at its next turn.
-        ending = threading.Thread(target=self._server.shutdown, daemon=True)
-        ending.start()
-        with contextlib.suppress(OSError):
-            host, port = self._server.server_address[:2]
-            socket.create_connection((str(host), port), timeout=1.0).close()
-        ending.join(timeout=2.0)
-        self._server.server_close()
-        self._thread.join(timeout=2.0)
+        """Where it is."""
+        return f"http://{self.address}"
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    allow_reuse_address = True
-
+class _Server(ThreadedServer):
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], request_seconds: float) -> None:
         self._request_seconds = request_seconds
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._unheard: dict[socket.socket, float] = {}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import socket
-import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from attrs import frozen
+
+from ourvidz_core.observe.serving import Serving, ThreadedServer
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Answer:
 Page = Callable[[Mapping[str, str]], Answer]
 
 
-class HealthServer:
+class HealthServer(Serving):
     """Serves pages from threads of its own until it is closed.
 
     :raises OSError: the address cannot be had.
@@ -47,39 +46,10 @@ class HealthServer:
     def __init__(self, address: str, pages: Mapping[str, Page]) -> None:
         host, _, port = address.rpartition(":")
         handler = type("Handler", (_Handler,), {"pages": dict(pages)})
-        self._server = _Server((host.strip("[]"), int(port)), handler)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 60.0}, name="health", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def address(self) -> str:
-        """``host:port``, with the port that was found where 0 was asked for."""
-        host, port = self._server.server_address[:2]
-        return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
-
-    def close(self) -> None:
-        """Answer no more."""
-        # The loop looks whether it shall end when somebody connects, so that it need not wake to look.
-        ending = threading.Thread(target=self._server.shutdown, daemon=True)
-        ending.start()
-        with contextlib.suppress(OSError):
-            host, port = self._server.server_address[:2]
-            socket.create_connection((str(host), port), timeout=1.0).close()
-        ending.join(timeout=1.0)
-        self._server.server_close()
+        super().__init__(_Server((host.strip("[]"), int(port)), handler), name="health", poll_interval=60.0)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(address, handler)
-
+class _Server(ThreadedServer):
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class names them
         logger.debug("a request to the health endpoint failed", exc_info=True)
 
