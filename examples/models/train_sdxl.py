@@ -213,11 +213,8 @@ def train_unet(
             predicted = unet(noisy, steps, states, added_cond_kwargs=conditions).sample.float()
         if is_plain:
             run.learn(functional.mse_loss(predicted, target))
-            continue
-        with_text, without = predicted.chunk(2)
-        guided = without.detach() + GUIDANCE * (with_text - without.detach())
-        guided_loss, plain_loss = functional.mse_loss(guided, target), functional.mse_loss(without, target)
-        run.learn(guided_loss + plain_loss, guided=guided_loss, untold=plain_loss)
+        else:
+            run.learn_guided(predicted, target, GUIDANCE)
     run.average()
 
 

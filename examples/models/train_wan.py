@@ -362,11 +362,8 @@ def train_transformer(
             predicted = pipeline.transformer(noisy, sigma * 1000, states, return_dict=False)[0].float()
         if is_plain:
             run.learn(functional.mse_loss(predicted, target))
-            continue
-        with_text, without = predicted.chunk(2)
-        guided = without.detach() + GUIDANCE * (with_text - without.detach())
-        guided_loss, plain_loss = functional.mse_loss(guided, target), functional.mse_loss(without, target)
-        run.learn(guided_loss + plain_loss, guided=guided_loss, untold=plain_loss)
+        else:
+            run.learn_guided(predicted, target, GUIDANCE)
     run.average()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed
+from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,16 @@ class Run:
             self.log.append({"step": self.step, "seconds": round(self.spent, 1), **means})
             if self.step % (10 * _LOGGED_EVERY) == 0:
                 logger.info("%s %s", self.name, self.log[-1])
+
+    def learn_guided(self, predicted: torch.Tensor, target: torch.Tensor, guidance: float) -> None:
+        """One step that makes guidance at ``guidance`` exact.
+
+        ``predicted`` are those with a text and then as many without; the latter learn ``target`` by themselves.
+        """
+        with_text, without = predicted.chunk(2)
+        guided = without.detach() + guidance * (with_text - without.detach())
+        guided_loss, plain_loss = functional.mse_loss(guided, target), functional.mse_loss(without, target)
+        self.learn(guided_loss + plain_loss, guided=guided_loss, untold=plain_loss)
 
     def _average_gradients(self) -> None:
         # A part of the model that this step did not use has no gradient, in any process.
