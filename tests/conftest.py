@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import stamina
 
+from ourvidz_core.delivery.embedded import EmbeddedRedis
 from ourvidz_core.engine.host import EngineProcess
 from ourvidz_core.plugins.loading import load_registry
 from ourvidz_core.settings import Settings
@@ -19,6 +20,14 @@ from ourvidz_core.testing.host import PluginHost
 from ourvidz_core.wire.payloads import Payload
 
 USER = "11111111-1111-4111-8111-111111111111"
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """A Redis that one file of tests has to itself."""
+    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -20,13 +20,6 @@ QUEUE = "acme_queue"
 Ask = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def queue(redis_server: EmbeddedRedis) -> Iterator[RedisQueue]:
     with redis.Redis.from_url(redis_server.address) as client:

@@ -35,13 +35,6 @@ class ToyFleet(Fleet):
         super().push_message({"type": "toy_image", "prompt": "a toy", **message})
 
 
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def fleet(tmp_path: Path, redis_server: EmbeddedRedis) -> Iterator[ToyFleet]:
     make_distribution(tmp_path / "site", "ourvidz-toy", toy.SOURCE)

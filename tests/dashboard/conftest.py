@@ -12,13 +12,6 @@ from ourvidz_core.delivery.embedded import EmbeddedRedis
 from tests.dashboard.scenes import Scene, opened
 
 
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def scene_of(redis_server: EmbeddedRedis, tmp_path: Path) -> Iterator[Callable[..., Scene]]:
     """Makes dashboards on an emptied Redis: ``scene_of(token=...)``."""

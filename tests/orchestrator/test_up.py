@@ -102,13 +102,6 @@ class Up:
             self.process.wait()
 
 
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def up(redis_server: EmbeddedRedis, tmp_path: Path) -> Iterator[Up]:
     make_distribution(tmp_path / "site", "acme-toy", CHECKED)
