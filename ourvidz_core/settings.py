@@ -95,6 +95,13 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+class CompileMode(StrEnum):
+    """Whether kernels are compiled for the device."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
 def _positive(_: object, attribute: Any, value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{attribute.name} must be a number above 0, not {value}")
@@ -262,6 +269,13 @@ class Settings:
         default=None,
         validator=attrs.validators.optional(_positive),
         help="Device memory that warm models may take, in GiB; default: what others leave of the device, less 10%",
+    )
+    compile: CompileMode = option(
+        default=CompileMode.AUTO,
+        help="auto compiles models for a GPU where Triton and a C compiler are there; off runs them as they come",
+    )
+    kernels_dir: Path | None = option(
+        default=None, help="Where compiled kernels are kept from one start to the next; default: kernels in state_dir"
     )
     engine_start_seconds: float = option(
         default=300.0, validator=_positive, help="Time limit for the engine process to get ready"

@@ -57,7 +57,9 @@ def imports_at_module_level(tree: ast.Module) -> set[str]:
             found.add(statement.module.partition(".")[0])
         elif isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING":
             waiting += statement.orelse
-        elif isinstance(statement, ast.If | ast.Try | ast.With | ast.ClassDef):
+        elif isinstance(statement, ast.ClassDef):
+            waiting += statement.body
+        elif isinstance(statement, ast.If | ast.Try | ast.With):
             waiting += [inner for inner in ast.walk(statement) if isinstance(inner, ast.Import | ast.ImportFrom)]
     return found
 

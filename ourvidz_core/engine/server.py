@@ -17,6 +17,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from ourvidz_core.engine.compilation import keep_kernels
 from ourvidz_core.engine.context import EngineContext
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.perform import perform, warm_up
@@ -159,6 +160,7 @@ def main(descriptor: int) -> None:
     os.dup2(2, 1)
     settings = load()
     set_up(settings, is_engine=True)
+    keep_kernels(settings)
     faulthandler.enable()  # a crash in native code says where
     os.set_inheritable(descriptor, False)  # a program that a plugin starts must not hold the pipe open
     connection = Connection(descriptor)
