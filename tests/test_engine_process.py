@@ -161,6 +161,13 @@ def generate(job, context):
     elif what == "twice":
         one = picture(context)
         return Generation(artifacts=(one, one))
+    elif what == "finish": return Generation(finish=lambda: (picture(context, job.seed),), facts=facts)
+    elif what == "finish and artifacts":
+        return Generation(artifacts=(picture(context),), finish=lambda: (picture(context),))
+    elif what == "finish raises":
+        def break_it(): raise RuntimeError("no ink")
+        return Generation(finish=break_it)
+    elif what == "finish nonsense": return Generation(finish=lambda: "three pictures")
     elif what == "environment": facts |= {"environ": dict(os.environ)}
     elif what == "config": facts |= {"config": repr(job.config)}
     return Generation(artifacts=(picture(context, job.seed),), facts=facts)
@@ -249,6 +256,13 @@ def test_what_is_warm_stays_warm_and_what_a_plugin_prints_harms_nothing(work: Ca
     assert (first.generation.artifacts[0].width, first.seconds > 0) == (16, True)
 
 
+def test_files_that_are_written_when_the_device_is_free_come_back_like_others(work: Callable) -> None:
+    finished = work("finish")
+
+    assert (finished.generation.artifacts[0].width, finished.generation.finish) == (16, None)
+    assert finished.generation.facts["loads"] == 1
+
+
 def test_the_prepared_job_comes_back(work: Callable) -> None:
     finished = work("prepare")
 
@@ -333,6 +347,17 @@ def test_the_engine_holds_no_secret(install: Callable, engine_of: Callable, tmp_
         pytest.param("link", ArtifactError, "does not lie in the job's work directory", True, id="a link elsewhere"),
         pytest.param("video", ArtifactError, "declared as video/mp4", True, id="another media type"),
         pytest.param("twice", HookFailed, "one file as two artifacts", True, id="one file twice"),
+        pytest.param(
+            "finish and artifacts", HookFailed, "one of them makes the files", True, id="a finish and artifacts"
+        ),
+        pytest.param(
+            "finish raises",
+            HookFailed,
+            "failed in the finish of generate: RuntimeError: no ink",
+            True,
+            id="finish raises",
+        ),
+        pytest.param("finish nonsense", HookFailed, "without artifacts", True, id="finish of nonsense"),
         pytest.param("interrupt", EngineCrashed, r"SIGINT\): KeyboardInterrupt: no hands", False, id="an interrupt"),
         pytest.param("os_exit", EngineCrashed, "exit status 7", False, id="os._exit"),
         pytest.param("segfault", EngineCrashed, r"signal SIGSEGV\): Fatal Python error: Seg", False, id="segfault"),

@@ -123,9 +123,13 @@ class EngineContext:
         base = command.cwd or self.work_dir
         return tuple(_artifact(base / path, command) for path in outputs)
 
-    def _stop_if_asked(self) -> None:
+    def stop_if_cancelled(self) -> None:
+        """Raise ``JobCancelled`` where somebody wants the job to stop."""
         if self._cancelled.is_set():
             raise JobCancelled("the job was cancelled while it was running")
+
+    def _stop_if_asked(self) -> None:
+        self.stop_if_cancelled()
         if self.seconds_left <= 0:
             raise JobTimeout(f"the job was still running after {self._timeout_seconds:g} s and was stopped")
 

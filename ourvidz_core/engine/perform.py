@@ -1,4 +1,7 @@
-"""The part of a job's walk that happens beside the device: prepare, command, generate, check, review."""
+"""The part of a job's walk that happens beside the device: prepare, command, generate, finish, check, review.
+
+The first three have the device; what comes after :func:`generate` may happen beside the next job.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
+from attrs import frozen
 
 from ourvidz_core.engine.checks import check_artifact
 from ourvidz_core.engine.context import EngineContext
 from ourvidz_core.errors import ArtifactError, DiskFull, EngineUnusable, HookFailed, JobError, OutOfMemory
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.redaction import redact
-from ourvidz_core.wire.artifacts import Artifact, FinishedGeneration
+from ourvidz_core.wire.artifacts import Artifact, FinishedGeneration, Generation
 from ourvidz_core.wire.jobs import Job
 
 #: After one of these a CUDA context answers every call with the same error.
 STICKY_DEVICE_ERRORS = ("CUDA error", "device-side assert", "CUBLAS_STATUS_EXECUTION_FAILED", "illegal memory access")
+
+
+@frozen(kw_only=True)
+class Generated:
+    """A job that the device has done its part for; its files may still have to be written."""
+
+    job: Job
+    generation: Generation
+    #: Wall time of prepare, command and generate.
+    seconds: float
+    device_facts: Mapping[str, Any]
 
 
 def perform(registry: Registry, job: Job, context: EngineContext) -> FinishedGeneration:
@@ -30,6 +45,11 @@ def perform(registry: Registry, job: Job, context: EngineContext) -> FinishedGen
     :raises PolicyRefused: a plugin does not let it pass.
     :raises JobError: the hooks failed, or an artifact is not what it should be.
     """
+    return finish(registry, generate(registry, job, context), context)
+
+
+def generate(registry: Registry, job: Job, context: EngineContext) -> Generated:
+    """The part of :func:`perform` that has the device."""
     owned = registry.get(job.job_type)
     started = time.monotonic()
     _forget_peak()
@@ -40,21 +60,35 @@ def perform(registry: Registry, job: Job, context: EngineContext) -> FinishedGen
         with redact.without_prompts(*prepared.texts):
             command = owned.build_command(prepared, context)
             generation = owned.generate(prepared, command, context)
-    artifacts = tuple(_checked(artifact, context, owned.job_type.media_type) for artifact in generation.artifacts)
-    if prepared.asset_count is not None and len(artifacts) != prepared.asset_count:
-        raise ArtifactError(
-            f"{prepared.asset_count} files were asked for and {owned.distribution} made {len(artifacts)}"
-        )
-    finished = FinishedGeneration(
-        job=prepared,
-        generation=attrs.evolve(generation, artifacts=artifacts),
-        seconds=time.monotonic() - started,
-        device_facts=_device_facts(),
-    )
+    seconds = time.monotonic() - started
+    return Generated(job=prepared, generation=generation, seconds=seconds, device_facts=_device_facts())
+
+
+def finish(registry: Registry, generated: Generated, context: EngineContext) -> FinishedGeneration:
+    """The rest of :func:`perform`: it may run in another thread, beside the next job's :func:`generate`.
+
+    Reviews may use the device: a job whose artifacts are reviewed keeps it until then.
+    """
+    job, owned = generated.job, registry.get(generated.job.job_type)
+    started = time.monotonic()
+    with _in_our_words(), redact.without_prompts(*job.texts):
+        generation = owned.finish(generated.generation)
+    seconds = generated.seconds + time.monotonic() - started
+    artifacts = []
+    for artifact in generation.artifacts:
+        context.stop_if_cancelled()
+        artifacts.append(_checked(artifact, context, owned.job_type.media_type))
+    if job.asset_count is not None and len(artifacts) != job.asset_count:
+        raise ArtifactError(f"{job.asset_count} files were asked for and {owned.distribution} made {len(artifacts)}")
     with _in_our_words():
         for artifact in artifacts:
-            owned.review_artifact(prepared, artifact, context)
-    return finished
+            owned.review_artifact(job, artifact, context)
+    return FinishedGeneration(
+        job=job,
+        generation=attrs.evolve(generation, artifacts=tuple(artifacts)),
+        seconds=seconds,
+        device_facts=generated.device_facts,
+    )
 
 
 def warm_up(registry: Registry, distribution: str, job_types: Sequence[str], context: EngineContext) -> None:

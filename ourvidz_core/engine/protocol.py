@@ -113,7 +113,10 @@ class Channel:
             case JobFinished(finished=finished):
                 body = {
                     "job": encode_job(finished.job),
-                    "generation": converter.unstructure(finished.generation),
+                    "generation": {
+                        "artifacts": converter.unstructure(finished.generation.artifacts),
+                        "facts": converter.unstructure(finished.generation.facts),
+                    },
                     "seconds": finished.seconds,
                     "device_facts": dict(finished.device_facts),
                 }
@@ -151,7 +154,7 @@ class Channel:
         if kind is JobFinished:
             finished = FinishedGeneration(
                 job=decode_job(body["job"], self._registry),
-                generation=converter.structure(body["generation"], Generation),
+                generation=converter.structure({**body["generation"], "finish": None}, Generation),
                 seconds=body["seconds"],
                 device_facts=body["device_facts"],
             )

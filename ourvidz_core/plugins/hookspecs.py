@@ -109,6 +109,11 @@ def generate(job: Job, command: Command | None, context: JobContext) -> Generati
     ``command`` and collects its outputs. Raise an error of ``ourvidz_core.errors`` to say
     what went wrong; any other exception fails the job under its own name.
 
+    Encoding and writing need no device: return ``Generation(finish=...)`` with a function that
+    does so and returns the artifacts, and the next job gets the device meanwhile. The function
+    runs in another thread, so it holds its pixels in the host's memory and uses neither the
+    device nor ``context.models``; ``context.progress`` and ``context.output_path`` it may use.
+
     Example: ``return Generation(artifacts=context.run(command), facts={"model": "upscale-2"})``
     """
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import attrs
 import pluggy
 from attrs import field, frozen
 
@@ -95,18 +96,29 @@ class OwnedJobType:
         return self._ask_optional("build_command", Command, job=job, context=context)
 
     def generate(self, job: Job, command: Command | None, context: JobContext) -> Generation:
-        """Ask for the artifacts."""
+        """Ask for the artifacts, or for what will write them: see :meth:`finish`."""
         generation = self._ask("generate", Generation, job=job, command=command, context=context)
-        artifacts = generation.artifacts
-        if not isinstance(artifacts, tuple | list) or not artifacts:
-            raise self._failed("generate", "it answered a generation without artifacts")
-        for artifact in artifacts:
-            if not isinstance(artifact, Artifact) or not isinstance(artifact.path, Path):
-                raise self._failed("generate", f"artifacts hold {shown(artifact)}, not an Artifact with a pathlib.Path")
-        if len({artifact.path for artifact in artifacts}) < len(artifacts):
-            raise self._failed("generate", "it answered one file as two artifacts")
+        if generation.finish is None:
+            self._check_artifacts(generation.artifacts)
+        elif generation.artifacts:
+            raise self._failed("generate", "it answered artifacts and a finish; one of them makes the files")
+        elif not callable(generation.finish):
+            raise self._failed("generate", f"finish is {shown(generation.finish)}, not a function")
         _require_json(generation.facts, lambda reason: self._failed("generate", f"facts {reason}"))
         return generation
+
+    def finish(self, generation: Generation) -> Generation:
+        """``generation`` with its files written. Needs no device, and may run beside the next job's ``generate``."""
+        if generation.finish is None:
+            return generation
+        artifacts = _guarded(generation.finish, _failure_of(self.distribution, "the finish of generate"))
+        self._check_artifacts(artifacts)
+        return attrs.evolve(generation, artifacts=tuple(artifacts), finish=None)
+
+    @property
+    def is_reviewed(self) -> bool:
+        """Whether somebody looks at artifacts before they are stored, which may take the device."""
+        return any(hook.get_hookimpls() for _, hook in self._shared_hooks["review_artifact"])
 
     def review_artifact(self, job: Job, artifact: Artifact, context: JobContext) -> None:
         """Ask everybody whether ``artifact`` may be stored.
@@ -161,6 +173,15 @@ class OwnedJobType:
                 raise failed(
                     f"it answered {shown(answer)}; to refuse, raise PolicyRefused; to let pass, answer nothing"
                 )
+
+    def _check_artifacts(self, artifacts: object) -> None:
+        if not isinstance(artifacts, tuple | list) or not artifacts:
+            raise self._failed("generate", "it answered a generation without artifacts")
+        for artifact in artifacts:
+            if not isinstance(artifact, Artifact) or not isinstance(artifact.path, Path):
+                raise self._failed("generate", f"artifacts hold {shown(artifact)}, not an Artifact with a pathlib.Path")
+        if len({artifact.path for artifact in artifacts}) < len(artifacts):
+            raise self._failed("generate", "it answered one file as two artifacts")
 
     def _check_job(self, hook: str, job: Job) -> None:
         preset = type(self.job_type.preset)

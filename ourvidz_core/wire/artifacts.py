@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,19 @@ class Artifact:
 
 @frozen(kw_only=True)
 class Generation:
-    """What ``generate`` answers: the artifacts in order, and what is true of how they were made."""
+    """What ``generate`` answers: the artifacts in order, and what is true of how they were made.
 
-    artifacts: tuple[Artifact, ...]
+    Where the pixels are there and only the files are not, it answers ``finish`` in place of the
+    artifacts: a function that writes the files and returns the artifacts. The device is then free
+    for the next job, and ``finish`` runs beside it, in another thread: it must not use the device,
+    nor ``context.models``. It holds what it writes as memory of the host, not of the device.
+    """
+
+    artifacts: tuple[Artifact, ...] = ()
     #: JSON-safe facts for the callback's metadata: the method, the model, the size, ...
     facts: Mapping[str, Any] = field(factory=dict)
+    #: Writes the files; whoever wraps ``generate`` to change them wraps this.
+    finish: Callable[[], tuple[Artifact, ...]] | None = field(default=None, repr=False)
 
 
 @frozen(kw_only=True)
@@ -41,7 +49,7 @@ class FinishedGeneration:
 
     job: Job
     generation: Generation
-    #: Wall time of prepare, command and generate together.
+    #: What the job itself took: prepare, command, generate and finish, without what it waited for in between.
     seconds: float
     #: Device figures of this generation, empty without a GPU: ``vram_used_gb`` and so on.
     device_facts: Mapping[str, Any] = field(factory=dict)
