@@ -116,12 +116,29 @@ def load_models(
         for module in modules:
             module.to(place)
     if place.type == "cpu":
-        # A weight that is mapped from a file begins anywhere, and how a CPU rounds a product depends
-        # on where it begins: with copies of their own all layouts and processes make the same frames.
-        for parameter in (parameter for module in modules for parameter in module.parameters()):
-            parameter.data = parameter.data.clone()
+        for module in modules:
+            _move_off_files(module)
     _check_text_encoder(components["text_encoder"], ckpt_dir)
     return WanModels(name=variant.name or ckpt_dir.name, variant=variant, device=place, pipeline=pipeline)
+
+
+def load_transformer(ckpt_dir: Path, task: Task, *, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The transformer of ``task`` alone, as :func:`load_models` has it.
+
+    :raises ModelUnavailable: its files are missing or cannot be read.
+    """
+    disable_progress_bar()
+    try:
+        if is_diffusers(ckpt_dir):
+            transformer = _diffusers_transformer(ckpt_dir, task, dtype)
+        else:
+            transformer = _native_transformer(transformer_files(ckpt_dir), task, dtype)
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
+        raise ModelUnavailable(f"the transformer of {task.name} in {ckpt_dir} cannot be used: {error}") from error
+    transformer.eval().requires_grad_(False).to(device)
+    if device.type == "cpu":
+        _move_off_files(transformer)
+    return transformer
 
 
 def make_scheduler(solver: Solver, shift: float) -> Any:
@@ -156,13 +173,12 @@ def _components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dict[str, Any
 
 
 def _diffusers_components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dict[str, Any]:
-    transformer_class: Any = getattr(diffusers, TRANSFORMERS[task.pipeline])
     vae_class: Any = AutoencoderKLWan
     local: dict[str, Any] = {"local_files_only": True}
     components = {
         "tokenizer": AutoTokenizer.from_pretrained(ckpt_dir / "tokenizer", **local),
         "text_encoder": UMT5EncoderModel.from_pretrained(ckpt_dir / "text_encoder", dtype=dtype, **local),
-        "transformer": transformer_class.from_pretrained(ckpt_dir / "transformer", torch_dtype=dtype, **local),
+        "transformer": _diffusers_transformer(ckpt_dir, task, dtype),
         "vae": vae_class.from_pretrained(ckpt_dir / "vae", torch_dtype=torch.float32, **local),
     }
     if task.pipeline is Pipeline.IMAGE:
@@ -173,6 +189,14 @@ def _diffusers_components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dic
             ckpt_dir / "image_encoder", dtype=torch.float32, **local
         )
     return components
+
+
+def _diffusers_transformer(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> torch.nn.Module:
+    transformer_class: Any = getattr(diffusers, TRANSFORMERS[task.pipeline])
+    transformer: torch.nn.Module = transformer_class.from_pretrained(
+        ckpt_dir / "transformer", torch_dtype=dtype, local_files_only=True
+    )
+    return transformer
 
 
 def _native_components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dict[str, Any]:
@@ -298,6 +322,13 @@ def _cast_all_but(model: torch.nn.Module, kept: list[str], dtype: torch.dtype) -
         if not set(name.split(".")) & set(kept):
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _move_off_files(module: torch.nn.Module) -> None:
+    # A weight that is mapped from a file begins anywhere, and how a CPU rounds a product depends
+    # on where it begins: with copies of their own all layouts and processes make the same frames.
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
