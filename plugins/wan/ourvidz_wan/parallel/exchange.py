@@ -1,0 +1,182 @@
+"""The exchange of tensors between ranks, the same code on all of them: NCCL between GPUs, gloo between processors."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from torch.distributed.device_mesh import DeviceMesh
+
+from ourvidz_wan.parallel.plan import RankPlan
+
+#: How long ranks wait for each other where nobody watches them: joining, and inside a prediction.
+#: The first prediction may compile, and not every rank is as quick at that.
+PATIENCE = timedelta(minutes=20)
+
+Work = Any
+#: Waits until all of these are done on the host's or the device's side; may raise to stop.
+Await = Callable[[Sequence[Work]], None]
+
+
+@frozen(kw_only=True)
+class Groups:
+    """The process groups of one plan, as one rank sees them."""
+
+    plan: RankPlan
+    rank: int
+    #: All ranks of the plan.
+    members: Any
+    #: The first rank of each guidance group.
+    leaders: Any
+    #: Dimensions guidance, ring and ulysses; None where no prediction is shared.
+    mesh: DeviceMesh | None
+
+
+def join(*, rank: int, ranks: int, device: torch.device, meeting_point: Path) -> None:
+    """Become one of ``ranks`` processes that meet at a file; returns when all are there."""
+    if sys.platform == "linux":
+        # All ranks are on this machine: nothing of this is for the network to see.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    is_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        store=dist.FileStore(str(meeting_point), ranks),
+        rank=rank,
+        world_size=ranks,
+        timeout=PATIENCE,
+        device_id=device if is_cuda else None,
+    )
+
+
+def leave() -> None:
+    """Be a single process again. All ranks do so, or those that are left."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def make_groups(plan: RankPlan, device: torch.device) -> Groups:
+    """The groups of ``plan``. Every rank calls this, the ones that the plan leaves out as well."""
+    members = list(range(plan.ranks))
+    mesh = None
+    if plan.context > 1:
+        shape = (plan.guidance, 1, plan.context)
+        mesh = DeviceMesh(
+            device.type, torch.arange(plan.ranks).view(shape), mesh_dim_names=("guidance", "ring", "ulysses")
+        )
+    return Groups(
+        plan=plan,
+        rank=dist.get_rank(),
+        members=dist.new_group(members),
+        leaders=dist.new_group(list(plan.leaders)) if plan.guidance > 1 else None,
+        mesh=mesh,
+    )
+
+
+def send_tensors(tensors: Mapping[str, torch.Tensor], groups: Groups) -> list[Work]:
+    """Give every rank of the plan what rank 0 has."""
+    return [dist.broadcast(tensor, src=0, group=groups.members, async_op=True) for tensor in tensors.values()]
+
+
+def receive_tensors(shapes: Mapping[str, Any], groups: Groups, device: torch.device) -> dict[str, torch.Tensor]:
+    """What rank 0 gave with :func:`send_tensors`; ``shapes`` are those of :func:`shapes_of`."""
+    tensors = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for name, (shape, dtype) in shapes.items()
+    }
+    for work in send_tensors(tensors, groups):
+        work.wait()
+    return tensors
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Shapes and types, fit for JSON."""
+    return {name: (list(tensor.shape), name_of(tensor.dtype)) for name, tensor in tensors.items()}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """What torch calls a type.
+
+    >>> name_of(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def predict(
+    transformer: Any,
+    step: Mapping[str, torch.Tensor],
+    branches: Sequence[Mapping[str, Any]],
+    groups: Groups,
+    await_all: Await,
+) -> list[torch.Tensor]:
+    """One prediction for each of ``branches``; rank 0 has all of them, the others their own."""
+    plan, rank = groups.plan, groups.rank
+    mine = plan.branches_of(rank, len(branches))
+    _fit_sequence(transformer, step["hidden_states"], plan)
+    predictions = {branch: transformer(**step, **branches[branch], return_dict=False)[0] for branch in mine}
+    if plan.guidance == 1 or rank not in plan.leaders:
+        return list(predictions.values())
+    works = []
+    for branch in range(1, len(branches)):
+        if rank == 0:
+            predictions[branch] = torch.empty_like(predictions[0], memory_format=torch.contiguous_format)
+        if rank == 0 or branch in mine:
+            predictions[branch] = predictions[branch].contiguous()
+            source = plan.leaders[branch]
+            works.append(dist.broadcast(predictions[branch], src=source, group=groups.leaders, async_op=True))
+    await_all(works)
+    return list(predictions.values())
+
+
+def share_context(transformer: Any, groups: Groups, device: torch.device) -> None:
+    """Have the ranks of a guidance group share each prediction of ``transformer``.
+
+    By the parts that ``enable_parallelism`` of diffusers is made of: it asks the machine for an
+    accelerator, and the tests have none.
+    """
+    if groups.mesh is None or groups.rank >= groups.plan.ranks:
+        return
+    from diffusers import ContextParallelConfig, ParallelConfig
+    from diffusers.hooks.context_parallel import apply_context_parallel
+
+    context = ContextParallelConfig(ulysses_degree=groups.plan.context, mesh=groups.mesh)
+    config = ParallelConfig(context_parallel_config=context)
+    config.setup(groups.rank, dist.get_world_size(), device, mesh=groups.mesh)
+    transformer._parallel_config = config
+    for module in transformer.modules():
+        processor = getattr(module, "processor", None)
+        if hasattr(processor, "_parallel_config"):
+            processor._parallel_config = config
+    # The entry for the model itself is about one timestep for each token, which WAN 2.1 does not have.
+    apply_context_parallel(transformer, context, {name: part for name, part in transformer._cp_plan.items() if name})
+
+
+def _fit_sequence(transformer: Any, hidden_states: torch.Tensor, plan: RankPlan) -> None:
+    """Uneven parts cost an exchange of their lengths, so that only videos pay it that need it."""
+    if plan.context == 1:
+        return
+    patches = zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
+    tokens = 1
+    for side, patch in patches:
+        tokens *= side // patch
+    transformer._parallel_config.context_parallel_config.ulysses_anything = tokens % plan.context != 0
+
+
+def say(connection: Connection, **message: Any) -> None:
+    """Send one message; an ``OSError`` says that the other end is gone."""
+    connection.send_bytes(json.dumps(message).encode())
+
+
+def hear(connection: Connection) -> dict[str, Any]:
+    """Read one message; an ``EOFError`` or ``OSError`` says that the other end is gone."""
+    message: dict[str, Any] = json.loads(connection.recv_bytes())
+    return message
