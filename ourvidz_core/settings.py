@@ -268,7 +268,14 @@ class Settings:
     vram_budget_gb: float | None = option(
         default=None,
         validator=attrs.validators.optional(_positive),
-        help="Device memory that warm models may take, in GiB; default: what others leave of the device, less 10%",
+        help="Device memory that warm models and their work may take, in GiB; default: what others leave of the device,"
+        " less 10%",
+    )
+    host_memory_budget_gb: float | None = option(
+        default=None,
+        validator=attrs.validators.optional(_not_negative),
+        help="Main memory that models may take which had to leave the device, in GiB; without room there they are"
+        " dropped and loaded anew; default: half of what is free",
     )
     compile: CompileMode = option(
         default=CompileMode.AUTO,

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ourvidz_core.engine.device_memory import GIB, DeviceMemory
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.errors import OutOfMemory
 
@@ -104,17 +105,18 @@ def test_forgetting_what_is_not_there_is_no_fault() -> None:
 
 def test_without_a_budget_models_get_what_other_processes_leave_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     class Cuda:
-        free, reserved = 20 * 2**30, 10 * 2**30
+        free, share = 20 * GIB, 1.0
         is_available = staticmethod(lambda: True)
-        mem_get_info = classmethod(lambda cls: (cls.free, 80 * 2**30))
-        memory_reserved = classmethod(lambda cls: cls.reserved)
-        empty_cache = staticmethod(lambda: None)
+        mem_get_info = classmethod(lambda cls: (cls.free, 80 * GIB))
+        memory_reserved = staticmethod(lambda: 10 * GIB)
+        get_per_process_memory_fraction = classmethod(lambda cls: cls.share)
 
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=Cuda))
-    cache = ModelCache()
-    cache.get("a", object, vram_gb=12)
-    cache.get("b", object, vram_gb=12)  # 27 GiB are nine tenths of what is free and what is ours
-    assert cache.keys == ("a", "b")
-    Cuda.free = 10 * 2**30  # somebody else took the rest
-    cache.get("c", object, vram_gb=5)
-    assert cache.keys == ("b", "c")
+
+    assert DeviceMemory().budget_bytes() == 27 * GIB  # nine tenths of what is free and what is ours
+    Cuda.free = 10 * GIB  # somebody else took the rest
+    assert DeviceMemory().budget_bytes() == 18 * GIB
+    Cuda.share = 0.125  # or this process is held to less
+    assert DeviceMemory().budget_bytes() == 9 * GIB
+    assert DeviceMemory(budget_gb=4).budget_bytes() == 4 * GIB
+    assert DeviceMemory(budget_gb=400).budget_bytes() == 10 * GIB

@@ -24,7 +24,7 @@ class LocalEngine:
     def __init__(self, registry: Registry, settings: Settings) -> None:
         self._registry = registry
         self._device = settings.device
-        self._models = ModelCache(settings.vram_budget_gb)
+        self._models = ModelCache.of(settings)
 
     @property
     def state(self) -> EngineState:

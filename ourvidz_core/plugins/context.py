@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from ourvidz_core.plugins.residency import Residence
 from ourvidz_core.wire.artifacts import Artifact
 from ourvidz_core.wire.commands import Command
 
@@ -17,14 +18,36 @@ Section = TypeVar("Section")
 
 
 class Models(Protocol):
-    """Warm models, kept from job to job within a memory budget."""
+    """Warm models, kept from job to job within a memory budget.
 
-    def get(self, key: str, load: Callable[[], Model], *, vram_gb: float = 0.0) -> Model:
-        """The model kept under ``key``, loaded now with ``load`` if it is not there.
+    What is used stays on the device, what was used longest ago waits in main memory and comes back when it is
+    asked for. A model is found in what ``load`` returns: a torch module, a pipeline, or an object that holds them.
+    """
 
-        ``vram_gb`` is what the model takes on the device; others leave, least recently
-        used first, until it fits. A ``load`` that raises leaves nothing behind.
+    def get(
+        self,
+        key: str,
+        load: Callable[[], Model],
+        *,
+        vram_gb: float = 0.0,
+        parts: Callable[[Model], Mapping[str, Any]] | None = None,
+        on_leave: Callable[[Model, str], None] | None = None,
+    ) -> Model:
+        """The model kept under ``key``, loaded now with ``load`` if it is not there, and brought to the device.
+
+        It stays until another model needs its place; ask for it again in each job. A ``load`` that raises
+        leaves nothing behind.
+
+        ``vram_gb`` is what the weights take before they were first measured; others leave until that fits.
+        ``parts`` names torch modules that can work one after another, such as ``{"unet": ..., "vae": ...}``; such
+        a model comes to the device part by part, when its :meth:`residence` is told that they are used.
+        ``on_leave`` is called with the model and the part's name (``model`` for a whole one) before weights leave
+        the device: their addresses end, and with them every CUDA graph that was captured on them.
         """
+        ...
+
+    def residence(self, key: str) -> Residence:
+        """The place of the model under ``key``: says which part is used when, and what for."""
         ...
 
     def drop(self, key: str) -> None:

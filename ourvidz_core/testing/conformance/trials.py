@@ -10,7 +10,7 @@ import contextlib
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from ourvidz_core.engine.perform import perform
 from ourvidz_core.errors import EngineStalled, JobError, JobTimeout, OutOfMemory
 from ourvidz_core.plugins.context import Models
 from ourvidz_core.plugins.registry import Registry
+from ourvidz_core.plugins.residency import Residence
 from ourvidz_core.settings import Settings
 from ourvidz_core.wire.artifacts import Artifact, FinishedGeneration
 from ourvidz_core.wire.commands import Command
@@ -100,9 +101,20 @@ class _WatchedModels(Models):
         self._models = models
         self._use = use
 
-    def get(self, key: str, load: Callable[[], Model], *, vram_gb: float = 0.0) -> Model:
+    def get(
+        self,
+        key: str,
+        load: Callable[[], Model],
+        *,
+        vram_gb: float = 0.0,
+        parts: Callable[[Model], Mapping[str, Any]] | None = None,
+        on_leave: Callable[[Model, str], None] | None = None,
+    ) -> Model:
         self._use("models")
-        return self._models.get(key, load, vram_gb=vram_gb)
+        return self._models.get(key, load, vram_gb=vram_gb, parts=parts, on_leave=on_leave)
+
+    def residence(self, key: str) -> Residence:
+        return self._models.residence(key)
 
     def drop(self, key: str) -> None:
         self._models.drop(key)
