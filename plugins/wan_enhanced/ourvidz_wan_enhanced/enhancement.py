@@ -180,6 +180,8 @@ def _enhanced(
     finally:
         facts["enhancement_seconds"] = round(time.monotonic() - started, 3)
         facts["enhancement_model"] = writer.name
+    if draft.decoding is not None:
+        facts["enhancement_decoding"] = draft.decoding
     _finished.keep(key, draft, size=settings.cache_size)
     return draft.text
 

@@ -13,19 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CompileConfig,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from ourvidz_core.errors import ModelUnavailable
+from ourvidz_wan_enhanced.decoding import Decoder, Draws, PlainDecoder, make_decoder
 from ourvidz_wan_enhanced.effort import DeadlinePassed, Effort
 from ourvidz_wan_enhanced.instructions import PROMPT_FIELD, Instruction, read_instructions
 from ourvidz_wan_enhanced.writers import Draft, Task
@@ -33,20 +25,15 @@ from ourvidz_wan_enhanced.writers import Draft, Task
 #: Stands for the user's text while the template is rendered: of a private area, so no template has it.
 _MARK = "\ue000user\ue001"
 _PROBE = "a fox"
-#: Only the likeliest tokens are drawn from, and what was said becomes a little less likely: as Qwen2.5 ships it.
-TOP_K = 20
-REPETITION_PENALTY = 1.05
-#: Room of the static cache: every instruction of ours, 2000 characters of any script, 384 tokens of an answer.
-#: One length for all prompts, since each other length would be compiled anew.
-CACHE_TOKENS = 3072
 
 
 class LocalWriter:
     """A loaded model with its tokenizer. One prompt at a time."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, decoder: Decoder | None = None) -> None:
         self.name = name
         self._model = model
+        self._decoder = decoder or PlainDecoder(model)
         self._tokenizer = tokenizer
         self._added = tokenizer.get_added_vocab()
         self._ends = _end_tokens(model, tokenizer)
@@ -54,7 +41,6 @@ class LocalWriter:
         self.is_chat = _is_chat(tokenizer, _stated_ends(model))
         # An abandoned effort ends at its next token; until then the model is taken.
         self._is_free = threading.Lock()
-        model.generation_config = self._generation_config()
 
     def write(self, task: Task, effort: Effort) -> Draft:
         """See :meth:`~ourvidz_wan_enhanced.writers.Writer.write`."""
@@ -67,12 +53,13 @@ class LocalWriter:
             self._is_free.release()
 
     def warm_up(self) -> None:
-        """Compile what decoding runs, so that no prompt's deadline pays for it."""
-        instruction = read_instructions().image
-        self.write(
-            Task(prompt="a fox", instruction=instruction, seed=0, max_tokens=4, temperature=0.7, top_p=0.8),
-            Effort(600.0),
-        )
+        """Compile and record what decoding runs, so that no prompt's deadline pays for it.
+
+        In the thread that loads: the effort of a prompt has one of its own, which only launches
+        what was recorded here.
+        """
+        with torch.inference_mode():
+            self._decoder = make_decoder(self._model, self.encode(read_instructions().image, _PROBE))
 
     def encode(self, instruction: Instruction, prompt: str) -> list[int]:
         """The tokens that the model reads."""
@@ -100,29 +87,43 @@ class LocalWriter:
         return [token for token in tokens if token not in strange]
 
     def _write(self, task: Task, effort: Effort) -> Draft:
-        given = torch.tensor([self.encode(task.instruction, task.prompt)], device=self._model.device)
-        start = given.shape[1]
-        watch = _Watch(effort, start)
-        stops: list[StoppingCriteria] = [watch]
-        if not self.is_chat:
-            stops.append(_ParagraphEnd(self._tokenizer, start))
-        whole = self._model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=task.max_tokens,
-            logits_processor=LogitsProcessorList([_SeededChoice(task, start)]),
-            stopping_criteria=StoppingCriteriaList(stops),
-        )
-        if watch.is_over:
-            raise DeadlinePassed
-        tokens = [token for token in whole[0, start:].tolist() if token not in self._ends]
+        tokens = self._tokens(task, effort)
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         effort.tokens = len(tokens)
         has_ended = len(tokens) < task.max_tokens
         if not self.is_chat:
             text, line_end, _ = text.lstrip().partition("\n")
             has_ended = has_ended or bool(line_end)
-        return Draft(text=text, tokens=len(tokens), is_finished=has_ended, model=self.name)
+        return Draft(
+            text=text, tokens=len(tokens), is_finished=has_ended, model=self.name, decoding=self._decoder.manner
+        )
+
+    def _tokens(self, task: Task, effort: Effort) -> list[int]:
+        """What the model says, up to the token that ends it.
+
+        The device may be some tokens ahead of what is looked at here; those are never read.
+        """
+        decoder, asked = self._decoder, 1
+        decoder.begin(
+            self.encode(task.instruction, task.prompt),
+            Draws(seed=task.seed, max_tokens=task.max_tokens, temperature=task.temperature, top_p=task.top_p),
+        )
+        tokens: list[int] = []
+        while len(tokens) < task.max_tokens:
+            while asked <= min(len(tokens) + decoder.steps_ahead, task.max_tokens - 1):
+                decoder.step()
+                asked += 1
+            token = decoder.token(len(tokens))
+            effort.tokens = len(tokens) + 1
+            if effort.is_over:
+                raise DeadlinePassed
+            if token in self._ends:
+                break
+            tokens.append(token)
+            # A base model would go on with the next idea.
+            if not self.is_chat and "\n" in self._tokenizer.decode(tokens, skip_special_tokens=True).lstrip():
+                break
+        return tokens
 
     def _around_the_prompt(self, system: str) -> tuple[str, str]:
         rendered: str = self._tokenizer.apply_chat_template(
@@ -134,21 +135,6 @@ class LocalWriter:
         if len(parts) != 2:
             raise ModelUnavailable(f"the chat template of {self.name} shows a user's message {len(parts) - 1} times")
         return parts[0], parts[1]
-
-    def _generation_config(self) -> GenerationConfig:
-        config = GenerationConfig(
-            # The draw is ours, see _SeededChoice.
-            do_sample=False,
-            repetition_penalty=REPETITION_PENALTY,
-            eos_token_id=sorted(self._ends) or None,
-            pad_token_id=min(self._ends, default=0),
-        )
-        if self._model.device.type == "cuda":
-            config.cache_implementation = "static"
-            config.max_cache_len = CACHE_TOKENS
-            # Without CUDA graphs: those belong to the thread that recorded them, and each prompt has its own.
-            config.compile_config = CompileConfig(mode="default")
-        return config
 
 
 def load_writer(directory: Path, *, device: str = "cpu") -> LocalWriter:
@@ -180,67 +166,6 @@ def load_writer(directory: Path, *, device: str = "cpu") -> LocalWriter:
     if place.type == "cuda":
         writer.warm_up()
     return writer
-
-
-class _SeededChoice(LogitsProcessor):  # type: ignore[misc]
-    """Draws each token by a number of its own sequence, and leaves the model only that one.
-
-    transformers draws from torch's global generator: another job's noise would depend on
-    how many words a prompt was given, and its wording on the noise.
-    """
-
-    def __init__(self, task: Task, start: int) -> None:
-        generator = torch.Generator("cpu").manual_seed(task.seed)
-        self._draws = torch.rand(task.max_tokens + 1, generator=generator).tolist()
-        self._start = start
-        self._temperature = task.temperature
-        self._top_p = task.top_p
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        likely, tokens = scores.topk(min(TOP_K, scores.shape[-1]))
-        if self._temperature == 0.0:
-            chosen = tokens[:, :1]
-        else:
-            shares = torch.softmax(likely / self._temperature, dim=-1)
-            reached = shares.cumsum(dim=-1)
-            # The likeliest tokens that together make top_p, the one that reaches it included.
-            reached = reached.where(reached - shares < self._top_p, torch.inf)
-            total = reached.where(reached < torch.inf, 0.0).amax(dim=-1, keepdim=True)
-            draw = self._draws[min(input_ids.shape[1] - self._start, len(self._draws) - 1)]
-            chosen = tokens.gather(-1, (reached <= draw * total).sum(dim=-1, keepdim=True))
-        only: torch.FloatTensor = torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
-        return only
-
-
-class _Watch(StoppingCriteria):  # type: ignore[misc]
-    """Ends the generation when nobody waits for it; counts its tokens."""
-
-    def __init__(self, effort: Effort, start: int) -> None:
-        self._effort = effort
-        self._start = start
-        self.is_over = False
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:  # noqa: ARG002
-        self._effort.tokens = input_ids.shape[1] - self._start
-        self.is_over = self._effort.is_over
-        return _for_each(input_ids, self.is_over)
-
-
-class _ParagraphEnd(StoppingCriteria):  # type: ignore[misc]
-    """Ends a base model's generation with its first line; it would go on with the next idea."""
-
-    def __init__(self, tokenizer: Any, start: int) -> None:
-        self._tokenizer = tokenizer
-        self._start = start
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:  # noqa: ARG002
-        text: str = self._tokenizer.decode(input_ids[0, self._start :], skip_special_tokens=True)
-        return _for_each(input_ids, "\n" in text.lstrip())
-
-
-def _for_each(input_ids: torch.LongTensor, is_over: bool) -> torch.BoolTensor:
-    answer: Any = torch.full((input_ids.shape[0],), is_over, dtype=torch.bool, device=input_ids.device)
-    return answer
 
 
 def _stated_ends(model: Any) -> set[int]:

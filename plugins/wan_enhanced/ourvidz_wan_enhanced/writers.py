@@ -32,6 +32,8 @@ class Draft:
     is_finished: bool
     #: The model's name.
     model: str
+    #: How its tokens were made, where that is known.
+    decoding: str | None = None
 
 
 class Writer(Protocol):
