@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,16 +30,14 @@ Await = Callable[[Sequence[Work]], None]
 
 @frozen(kw_only=True)
 class Groups:
-    """The process groups of one plan, as one rank sees them."""
+    """How the ranks of one plan reach each other, as one of them sees it."""
 
     plan: RankPlan
     rank: int
-    #: All ranks of the plan.
-    members: Any
     #: The first rank of each guidance group.
     leaders: Any
-    #: Dimensions guidance, ring and ulysses; None where no prediction is shared.
-    mesh: DeviceMesh | None
+    #: diffusers' configuration of what shares a prediction; None where nothing is shared.
+    context: Any
 
 
 def join(*, rank: int, ranks: int, device: torch.device, meeting_point: Path) -> None:
@@ -65,34 +64,39 @@ def leave() -> None:
 
 
 def make_groups(plan: RankPlan, device: torch.device) -> Groups:
-    """The groups of ``plan``. Every rank calls this, the ones that the plan leaves out as well."""
-    members = list(range(plan.ranks))
-    mesh = None
-    if plan.context > 1:
-        shape = (plan.guidance, 1, plan.context)
-        mesh = DeviceMesh(
-            device.type, torch.arange(plan.ranks).view(shape), mesh_dim_names=("guidance", "ring", "ulysses")
-        )
+    """The groups of ``plan``, which is for all ranks that joined; each of them calls this."""
     return Groups(
         plan=plan,
         rank=dist.get_rank(),
-        members=dist.new_group(members),
-        leaders=dist.new_group(list(plan.leaders)) if plan.guidance > 1 else None,
-        mesh=mesh,
+        leaders=dist.new_group(list(plan.leaders)),
+        context=_context_config(plan, device) if plan.context > 1 else None,
     )
 
 
-def send_tensors(tensors: Mapping[str, torch.Tensor], groups: Groups) -> list[Work]:
-    """Give every rank of the plan what rank 0 has."""
-    return [dist.broadcast(tensor, src=0, group=groups.members, async_op=True) for tensor in tensors.values()]
+def _context_config(plan: RankPlan, device: torch.device) -> Any:
+    from diffusers import ContextParallelConfig, ParallelConfig
+
+    mesh = DeviceMesh(
+        device.type,
+        torch.arange(plan.ranks).view(plan.guidance, 1, plan.context),
+        mesh_dim_names=("guidance", "ring", "ulysses"),
+    )
+    config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=plan.context, mesh=mesh))
+    config.setup(dist.get_rank(), plan.ranks, device, mesh=mesh)
+    return config
 
 
-def receive_tensors(shapes: Mapping[str, Any], groups: Groups, device: torch.device) -> dict[str, torch.Tensor]:
+def send_tensors(tensors: Mapping[str, torch.Tensor]) -> list[Work]:
+    """Give every rank what rank 0 has."""
+    return [dist.broadcast(tensor, src=0, async_op=True) for tensor in tensors.values()]
+
+
+def receive_tensors(shapes: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """What rank 0 gave with :func:`send_tensors`; ``shapes`` are those of :func:`shapes_of`."""
     tensors = {
         name: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for name, (shape, dtype) in shapes.items()
     }
-    for work in send_tensors(tensors, groups):
+    for work in send_tensors(tensors):
         work.wait()
     return tensors
 
@@ -121,7 +125,7 @@ def predict(
     """One prediction for each of ``branches``; rank 0 has all of them, the others their own."""
     plan, rank = groups.plan, groups.rank
     mine = plan.branches_of(rank, len(branches))
-    _fit_sequence(transformer, step["hidden_states"], plan)
+    _fit_sequence(transformer, step["hidden_states"], groups)
     predictions = {branch: transformer(**step, **branches[branch], return_dict=False)[0] for branch in mine}
     if plan.guidance == 1 or rank not in plan.leaders:
         return list(predictions.values())
@@ -137,38 +141,52 @@ def predict(
     return list(predictions.values())
 
 
-def share_context(transformer: Any, groups: Groups, device: torch.device) -> None:
-    """Have the ranks of a guidance group share each prediction of ``transformer``.
+def share_context(transformer: Any, groups: Groups) -> None:
+    """From here on have the ranks of a guidance group share each prediction of ``transformer``.
 
-    By the parts that ``enable_parallelism`` of diffusers is made of: it asks the machine for an
-    accelerator, and the tests have none.
+    By the parts that ``enable_parallelism`` of diffusers is made of: that asks the machine for an
+    accelerator, which the tests do not have, and cannot be taken back.
     """
-    if groups.mesh is None or groups.rank >= groups.plan.ranks:
-        return
-    from diffusers import ContextParallelConfig, ParallelConfig
-    from diffusers.hooks.context_parallel import apply_context_parallel
+    if groups.context is not None:
+        from diffusers.hooks.context_parallel import apply_context_parallel
 
-    context = ContextParallelConfig(ulysses_degree=groups.plan.context, mesh=groups.mesh)
-    config = ParallelConfig(context_parallel_config=context)
-    config.setup(groups.rank, dist.get_world_size(), device, mesh=groups.mesh)
+        _set_parallel_config(transformer, groups.context)
+        apply_context_parallel(transformer, groups.context.context_parallel_config, _shared_parts(transformer))
+
+
+def unshare_context(transformer: Any, groups: Groups) -> None:
+    """From here on have ``transformer`` predict alone again."""
+    if groups.context is not None:
+        from diffusers.hooks.context_parallel import remove_context_parallel
+
+        remove_context_parallel(transformer, _shared_parts(transformer))
+        _set_parallel_config(transformer, None)
+
+
+def _shared_parts(transformer: Any) -> dict[str, Any]:
+    # The entry for the model itself is about one timestep for each token, which WAN 2.1 does not have.
+    return {name: part for name, part in transformer._cp_plan.items() if name}
+
+
+def _set_parallel_config(transformer: Any, config: Any) -> None:
     transformer._parallel_config = config
     for module in transformer.modules():
         processor = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = config
-    # The entry for the model itself is about one timestep for each token, which WAN 2.1 does not have.
-    apply_context_parallel(transformer, context, {name: part for name, part in transformer._cp_plan.items() if name})
 
 
-def _fit_sequence(transformer: Any, hidden_states: torch.Tensor, plan: RankPlan) -> None:
+def _fit_sequence(transformer: Any, hidden_states: torch.Tensor, groups: Groups) -> None:
     """Uneven parts cost an exchange of their lengths, so that only videos pay it that need it."""
-    if plan.context == 1:
-        return
-    patches = zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
-    tokens = 1
-    for side, patch in patches:
-        tokens *= side // patch
-    transformer._parallel_config.context_parallel_config.ulysses_anything = tokens % plan.context != 0
+    if groups.context is not None:
+        tokens = tokens_of(transformer, hidden_states)
+        groups.context.context_parallel_config.ulysses_anything = tokens % groups.plan.context != 0
+
+
+def tokens_of(transformer: Any, hidden_states: torch.Tensor) -> int:
+    """How many patches the transformer makes of ``[1, channels, frames, height, width]``."""
+    sides = zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
+    return math.prod(side // patch for side, patch in sides)
 
 
 def say(connection: Connection, **message: Any) -> None:

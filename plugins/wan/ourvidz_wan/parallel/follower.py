@@ -84,7 +84,7 @@ class Follower:
                         )
                     case "share":
                         groups = make_groups(RankPlan(**message["plan"]), device)
-                        share_context(transformer, groups, device)
+                        share_context(transformer, groups)
                         transformers[message["key"]] = transformer, groups
                         del transformer
                     case "drop":
@@ -93,13 +93,13 @@ class Follower:
                             torch.cuda.empty_cache()
                     case "begin":
                         transformer, groups = transformers[message["key"]]
-                        tensors = receive_tensors(message["tensors"], groups, device)
+                        tensors = receive_tensors(message["tensors"], device)
                         branches = [
                             {**plain, **{name: tensors[label] for name, label in labels.items()}}
                             for plain, labels in message["branches"]
                         ]
                     case "step":
-                        step = receive_tensors(message["tensors"], groups, device)
+                        step = receive_tensors(message["tensors"], device)
                         predict(transformer, step, branches, groups, _wait)
                     case "leave":
                         leave()

@@ -56,11 +56,10 @@ class RankPlan:
         return f"{offered}{used}: {self.context} {shares}"
 
 
-def plan_ranks(offered: int, *, heads: int, shares_context: bool = True) -> RankPlan:
+def plan_ranks(offered: int, *, heads: int) -> RankPlan:
     """The plan that uses most of the GPUs, and of those the one with the least exchange.
 
-    ``heads`` are the model's attention heads: Ulysses deals them out evenly. ``shares_context``
-    is whether the model's predictions can be shared at all; those of VACE cannot.
+    ``heads`` are the model's attention heads: Ulysses deals them out evenly.
 
     >>> plan_ranks(6, heads=12)
     RankPlan(offered=6, guidance=2, context=3)
@@ -71,6 +70,6 @@ def plan_ranks(offered: int, *, heads: int, shares_context: bool = True) -> Rank
         RankPlan(offered=offered, guidance=guidance, context=context)
         for guidance in (1, BRANCHES)
         for context in range(1, offered // guidance + 1)
-        if heads % context == 0 and (shares_context or context == 1)
+        if heads % context == 0
     ]
     return max(plans, key=lambda plan: (plan.ranks, plan.guidance))

@@ -111,13 +111,12 @@ class Ranks:
         self._tell_all(kind="share", key=key, plan=asdict(plan))
         with self._explained():
             groups = exchange.make_groups(plan, device)
-            exchange.share_context(transformer, groups, device)
         shared = SharedTransformer(self, key, transformer, groups)
         weakref.finalize(shared, self._dropped.append, key)
         logger.info("%s runs on %s", task.name, plan.describe())
         return shared
 
-    def begin(self, key: str, branches: Sequence[Mapping[str, Any]], groups: Groups) -> None:
+    def begin(self, key: str, branches: Sequence[Mapping[str, Any]]) -> None:
         """Give the ranks what stays the same in all steps of a job."""
         tensors: dict[str, torch.Tensor] = {}
         labels: dict[int, str] = {}  # what branches share is sent once
@@ -130,7 +129,7 @@ class Ranks:
                     named[name] = labels.setdefault(id(value), str(len(labels)))
                     tensors[named[name]] = value.contiguous()
             described.append((plain, named))
-        self._exchange(groups, tensors, kind="begin", key=key, branches=described)
+        self._exchange(tensors, kind="begin", key=key, branches=described)
 
     def step(
         self,
@@ -141,7 +140,7 @@ class Ranks:
     ) -> list[torch.Tensor]:
         """One prediction for each branch."""
         inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
-        self._exchange(groups, inputs, kind="step")
+        self._exchange(inputs, kind="step")
         with self._explained():
             return exchange.predict(transformer, inputs, branches, groups, self._await)
 
@@ -226,23 +225,21 @@ class Ranks:
     def _tell_all(self, **message: Any) -> None:
         self.check()
         while self._dropped:
-            key = self._dropped.popleft()
-            self._tell(self._followers, kind="drop", key=key)
-        self._tell(self._followers, **message)
+            self._send(kind="drop", key=self._dropped.popleft())
+        self._send(**message)
 
-    def _tell(self, followers: Sequence[_Follower], **message: Any) -> None:
-        for follower in followers:
+    def _send(self, **message: Any) -> None:
+        for follower in self._followers:
             # Whoever is gone is noticed by the thread that watches, with its reason.
             with suppress(OSError):
                 exchange.say(follower.connection, **message)
 
-    def _exchange(self, groups: Groups, tensors: Mapping[str, torch.Tensor], **message: Any) -> None:
+    def _exchange(self, tensors: Mapping[str, torch.Tensor], **message: Any) -> None:
         self.check()
         self._is_in_step = True
-        members = [follower for follower in self._followers if follower.rank < groups.plan.ranks]
-        self._tell(members, **message, tensors=exchange.shapes_of(tensors))
+        self._tell_all(**message, tensors=exchange.shapes_of(tensors))
         with self._explained():
-            self._await(exchange.send_tensors(tensors, groups))
+            self._await(exchange.send_tensors(tensors))
 
     def _await(self, works: Sequence[Any]) -> None:
         if self._devices[0].type != "cuda":
@@ -323,7 +320,7 @@ class Ranks:
 
 
 class SharedTransformer:
-    """A transformer of which every rank of a plan holds a copy."""
+    """A transformer of which every rank holds a copy, and which predicts on all of them."""
 
     def __init__(self, ranks: Ranks, key: str, transformer: Any, groups: Groups) -> None:
         self._ranks = ranks
@@ -340,7 +337,7 @@ class SharedTransformer:
     def job(self, branches: Sequence[Mapping[str, Any]]) -> Iterator[Predict]:
         """A function that predicts for each of ``branches``, for as many steps as are wanted.
 
-        A branch holds the transformer's arguments that stay the same in all steps, with the prompt's
+        A branch holds the transformer's arguments that stay the same in all steps, the prompt's
         first. Whatever ends the job between two steps leaves the ranks ready for the next.
 
         :raises EngineUnusable: a rank is gone.
@@ -353,12 +350,14 @@ class SharedTransformer:
             self._ranks.pace(ahead=STEPS_AHEAD, is_first=next(steps) <= STEPS_AHEAD)
             return predictions
 
+        exchange.share_context(self._transformer, self._groups)
         try:
-            self._ranks.begin(self._key, branches, self._groups)
+            self._ranks.begin(self._key, branches)
             yield predict
             self._ranks.pace(ahead=0, is_first=next(steps) <= STEPS_AHEAD)
         finally:
             self._ranks.rest()
+            exchange.unshare_context(self._transformer, self._groups)
 
 
 _world: Ranks | None = None
@@ -367,21 +366,19 @@ _world: Ranks | None = None
 def share_transformer(
     transformer: Any, ckpt_dir: Path, task: Task, *, gpus: int, device: torch.device
 ) -> SharedTransformer | None:
-    """Let ``gpus`` GPUs work for the ``transformer`` that this process loaded, or None where one has to do.
+    """Have ``gpus`` GPUs predict for the ``transformer`` that this process loaded; None where one has to do.
 
-    The processes live as long as this one. A second model has as many of them, or fewer.
+    The other ranks live as long as this process, and hold a second model only where its plan is as large.
 
     :raises GenerationError: this process does not see so many.
     :raises ModelUnavailable: another rank could not load the weights.
     """
     global _world  # noqa: PLW0603 - as torch.distributed: one world in a process
-    offered = gpus if _world is None or _world.is_closed else min(gpus, _world.size)
-    plan = plan_ranks(
-        offered, heads=transformer.config.num_attention_heads, shares_context=transformer._cp_plan is not None
-    )
-    if plan.ranks == 1:
+    plan = plan_ranks(gpus, heads=transformer.config.num_attention_heads)
+    is_new = _world is None or _world.is_closed
+    if plan.ranks == 1 or not (is_new or plan.ranks == _world.size):
         return None
-    if _world is None or _world.is_closed:
+    if is_new:
         _world = Ranks(plan.ranks, device)
         atexit.register(_world.close)
     return _world.share(transformer, ckpt_dir, task, plan)
