@@ -57,15 +57,20 @@ def keep_kernels(settings: Settings, environ: MutableMapping[str, str] = os.envi
 class CompiledCall:
     """A compiled function that turns into ``plain``, for good and with one warning, where compiling fails.
 
-    ``options`` are ``torch.compile``'s. Sizes are taken as they are: each new one is compiled.
+    ``options`` are ``torch.compile``'s; sizes are taken as they are, so each new one is compiled. Give
+    ``compiled`` where the function is compiled in another way, such as in parts.
     """
 
-    def __init__(self, plain: Callable[..., Any], *, name: str, **options: Any) -> None:
-        import torch
-
+    def __init__(
+        self, plain: Callable[..., Any], *, name: str, compiled: Callable[..., Any] | None = None, **options: Any
+    ) -> None:
         self._plain = plain
         self._name = name
-        self._compiled: Callable[..., Any] | None = torch.compile(plain, **{"dynamic": False, **options})
+        self._compiled = compiled
+        if compiled is None:
+            import torch
+
+            self._compiled = torch.compile(plain, **{"dynamic": False, **options})
 
     @property
     def is_compiled(self) -> bool:

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 #: Calls before the capture: the first compiles and chooses algorithms, the second is as all others will be.
 _WARM_UPS = 2
+#: A model's weights are moved together, and each look costs a fraction of a microsecond.
+_WATCHED_WEIGHTS = 8
 
 
 @frozen(kw_only=True)
@@ -31,8 +33,8 @@ class GraphedCall:
 
     The signature is the shapes, the dtypes and the devices of the tensors, wherever they lie in
     nested tuples, lists and dicts, and all other arguments by value. Of the function it is asked that it
-    does the same launches for the same signature, reads nothing back from the device, and
-    finds its weights where they were: call :meth:`forget` after moving or replacing them.
+    does the same launches for the same signature, and reads nothing back from the device. Its weights stay
+    where they are, or are those of ``module``: where they have moved, the graphs are dropped.
 
     **A result is overwritten by the next call**, whatever its signature: use it before, or clone it, or
     ask for ``clones``. ``capacity`` graphs are kept, the least recently used goes first; they
@@ -43,10 +45,18 @@ class GraphedCall:
     """
 
     def __init__(
-        self, function: Callable[..., Any], *, name: str = "", capacity: int = 8, clones: bool = False
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str = "",
+        module: torch.nn.Module | None = None,
+        capacity: int = 8,
+        clones: bool = False,
     ) -> None:
         self.function = function
         self._name = name or getattr(function, "__qualname__", type(function).__name__)
+        self._weights = _some(list(module.parameters())) if module is not None else ()
+        self._places = self._find_places()
         self._capacity = capacity
         self._clones = clones
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
@@ -67,6 +77,9 @@ class GraphedCall:
         signature = _signature(leaves, tree)
         if device is None or signature is None or signature in self._plain:
             return self.function(*arguments, **options)
+        if (places := self._find_places()) != self._places:
+            self.forget()
+            self._places = places
         if signature not in self._graphs:
             capture = self._capture_or_none(leaves, lambda given: tree_unflatten(given, tree), device)
             if capture is None:
@@ -87,6 +100,9 @@ class GraphedCall:
         if had_graphs:
             gc.collect()
             torch.cuda.empty_cache()
+
+    def _find_places(self) -> tuple[int, ...]:
+        return tuple(weight.data_ptr() for weight in self._weights)
 
     def _replayed(self, graph: _Graph, tensors: list[torch.Tensor]) -> Any:
         import torch
@@ -138,6 +154,11 @@ class GraphedCall:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = self.function(*arguments, **options)
         return _Graph(replay=graph.replay, inputs=tuple(_tensors(given)), outputs=outputs)
+
+
+def _some(weights: list[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, ...]:
+    """Enough of them to see that all have moved."""
+    return tuple(weights[:: max(1, len(weights) // _WATCHED_WEIGHTS)])
 
 
 def _common_device(leaves: list[Any]) -> torch.device | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ourvidz_core.engine.compilation import is_compiler_error, keep_kernels, may_compile
+from ourvidz_core.engine.compilation import CompiledCall, is_compiler_error, keep_kernels, may_compile
 from ourvidz_core.settings import Settings
 
 
@@ -55,6 +55,30 @@ def test_the_engine_keeps_kernels_before_anything_imports_torch():
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
 
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_function_that_cannot_be_compiled_runs_as_it_is_with_one_warning(caplog: pytest.LogCaptureFixture):
+    import torch._dynamo.exc
+
+    def compiled(_: int) -> int:
+        raise torch._dynamo.exc.InternalTorchDynamoError("no kernels today")
+
+    call = CompiledCall(lambda number: number + 1, compiled=compiled, name="the adder")
+    with caplog.at_level(logging.WARNING):
+        assert [call(1), call(2)] == [2, 3]
+
+    assert not call.is_compiled
+    assert caplog.text.count("the adder cannot be compiled and runs slower: no kernels today") == 1
+
+
+def test_a_fault_of_the_model_is_no_reason_to_run_it_again():
+    def compiled(_: int) -> int:
+        raise RuntimeError("CUDA error: misaligned address")
+
+    call = CompiledCall(lambda number: pytest.fail("it ran again"), compiled=compiled, name="the adder")
+    with pytest.raises(RuntimeError, match="misaligned"):
+        call(1)
+    assert call.is_compiled
 
 
 def test_a_lack_of_memory_is_not_taken_for_a_fault_of_the_compiler():

@@ -91,6 +91,19 @@ class TestOnTheGpu:
         assert len(graphed) == 0
         assert caplog.text.count("without a CUDA graph") == 1
 
+    def test_weights_that_have_moved_are_found_where_they_are(self):
+        linear = torch.nn.Linear(4, 4, device="cuda")
+        graphed = GraphedCall(linear, module=linear)
+        given = torch.randn(2, 4, device="cuda")
+        with torch.no_grad():
+            graphed(given)
+            old = [parameter.data for parameter in linear.parameters()]
+            for parameter in linear.parameters():
+                parameter.data = parameter.data.clone() * 2
+            for data in old:
+                data.zero_()
+            assert torch.allclose(graphed(given), torch.nn.functional.linear(given, linear.weight, linear.bias))
+
     def test_gradients_are_recorded_as_ever(self):
         given = torch.ones(3, device="cuda", requires_grad=True)
         GraphedCall(torch.square)(given).sum().backward()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
 from torch import Tensor
 
 from ourvidz_core.engine.pictures import write_png
@@ -18,8 +18,9 @@ from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.wire.artifacts import Artifact, Generation
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job
-from ourvidz_sdxl.config import SdxlConfig
+from ourvidz_sdxl.config import IMAGE_COUNTS, SdxlConfig
 from ourvidz_sdxl.negative_prompts import NegativePrompt, fit_terms, negative_terms
+from ourvidz_sdxl.pictures import Picture
 from ourvidz_sdxl.pipeline import DrawnImages, ImageRequest, ReferencePicture, SdxlPipeline, load_pipeline
 from ourvidz_sdxl.references import Samplings, fit_reference
 from ourvidz_sdxl.settings import SdxlSettings, UnknownVariant
@@ -41,7 +42,7 @@ FACTS_IN_FILE = (
 
 
 def generate_images(job: Job, context: JobContext) -> Generation:
-    """Draw the job's images and write them down."""
+    """Draw the job's images; they are written down while the device draws others."""
     settings = context.settings(SdxlSettings)
     model_path = choose_model(settings, job.model_variant)
     model = _warm(context, settings, model_path)
@@ -67,32 +68,43 @@ def generate_images(job: Job, context: JobContext) -> Generation:
 
     drawn = model.draw(request, sampling=Samplings(settings), on_step=on_step)
     facts = _facts(job, request=request, drawn=drawn, negative=negative, model=model, model_path=model_path)
-    paths = [context.output_path("png") for _ in drawn.images]
-    with ThreadPoolExecutor(len(paths)) as pool:
-        write = partial(_write, job=job, request=request, facts=facts)
-        artifacts = tuple(pool.map(write, drawn.images, paths, request.seeds))
-    return Generation(artifacts=artifacts, facts=facts)
+    paths = [context.output_path("png") for _ in drawn.pictures]
+    write = partial(_write, job=job, request=request, facts=facts)
+
+    def finish() -> tuple[Artifact, ...]:
+        with ThreadPoolExecutor(len(paths)) as pool:
+            return tuple(pool.map(write, drawn.pictures, paths, request.seeds))
+
+    return Generation(facts=facts, finish=finish)
 
 
 def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
-    """Load the model that jobs get which name none, and draw an image of one step in each size of the presets."""
+    """Load the model that jobs get which name none, and draw one step in each size of the presets.
+
+    Where it is compiled, in each number of images that a job may have, so that no job waits for a compiler.
+    """
     settings = context.settings(SdxlSettings)
     model = _warm(context, settings, choose_model(settings, None))
     presets: list[SdxlConfig] = [job_type.preset for job_type in job_types]
-    for width, height in sorted({model.variant.size_for(preset.width, preset.height) for preset in presets}):
+    sizes = sorted({model.variant.size_for(preset.width, preset.height) for preset in presets})
+    counts = IMAGE_COUNTS if model.may_be_compiled else (1,)
+    for (width, height), count in product(sizes, counts):
         request = ImageRequest(
             prompt="",
             negative_prompt="",
-            seeds=(0,),
+            seeds=tuple(range(count)),
             width=width,
             height=height,
             num_inference_steps=1,
             guidance_scale=presets[0].guidance_scale,
             solver=presets[0].sample_solver,
         )
-        model.draw(
+        drawn = model.draw(
             request, sampling=Samplings(settings), on_step=lambda step, total, _latents: context.progress(step, total)
         )
+        for picture in drawn.pictures:
+            picture.image()
+    model.settle()
 
 
 def choose_model(settings: SdxlSettings, model_variant: str | None) -> Path:
@@ -167,6 +179,7 @@ def _facts(
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "scheduler": drawn.scheduler,
+        "compiled": drawn.is_compiled,
         "batch_sizes": list(drawn.batch_sizes),
         "prompt_chunks": drawn.prompt_chunks,
         # Without guidance the model never sees a negative prompt.
@@ -185,8 +198,9 @@ def _facts(
 
 
 def _write(
-    image: Image, path: Path, seed: int, *, job: Job, request: ImageRequest, facts: Mapping[str, Any]
+    picture: Picture, path: Path, seed: int, *, job: Job, request: ImageRequest, facts: Mapping[str, Any]
 ) -> Artifact:
+    image = picture.image()
     write_png(
         image,
         path,

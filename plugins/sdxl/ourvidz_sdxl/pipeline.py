@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ import torch
 from attrs import frozen
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 from transformers.utils import logging as transformers_logging
 
-from ourvidz_core.errors import GenerationError, ModelUnavailable, OutOfMemory
+from ourvidz_core.engine.pacing import StepPacer
+from ourvidz_core.errors import ModelUnavailable, OutOfMemory
 from ourvidz_sdxl.config import ReferenceType, Solver
 from ourvidz_sdxl.layout import CONFIG_DIR_VARIABLE, CONFIG_IN_WORDS, missing_config
+from ourvidz_sdxl.pictures import Picture
 from ourvidz_sdxl.schedulers import scheduler_for
+from ourvidz_sdxl.speed import FastDecoder, FastUnet, compiled_unet, fuse_projections
 from ourvidz_sdxl.text_encoding import Conditioning, PromptEncoder
 from ourvidz_sdxl.variants import SdxlVariant
 
@@ -58,14 +62,16 @@ class ImageRequest:
 
 @frozen(kw_only=True)
 class DrawnImages:
-    """The images in the order of their seeds, and how they were made."""
+    """The images in the order of their seeds, on their way from the device, and how they were made."""
 
-    images: tuple[Image, ...]
+    pictures: tuple[Picture, ...]
     scheduler: str
     #: Sampling steps that really ran for each image.
     steps: int
     batch_sizes: tuple[int, ...]
     prompt_chunks: int
+    #: Whether the UNet ran compiled.
+    is_compiled: bool = False
     #: None without a reference.
     reference_method: str | None = None
 
@@ -79,6 +85,8 @@ class Sampling:
     #: The pipeline's arguments for a batch, given the generators of its images.
     arguments: Callable[[Sequence[torch.Generator]], dict[str, Any]]
     method: str | None = None
+    #: Whether the UNet is another one meanwhile, or gets more than text.
+    changes_unet: bool = False
     #: Undoes what the way did to the model.
     close: Callable[[], None] = lambda: None
 
@@ -95,6 +103,8 @@ class SdxlPipeline:
         if device.startswith("cuda"):
             base.unet.to(memory_format=torch.channels_last)
             base.vae.to(memory_format=torch.channels_last)
+            fuse_projections(base.unet)
+            _lighten_decoder(base.vae, dtype)
         self.base = base
         self.device = device
         self.dtype = dtype
@@ -102,6 +112,8 @@ class SdxlPipeline:
         self.prompts = PromptEncoder(base, device)
         self._own_scheduler = base.scheduler
         self._extras: dict[str, Any] = {}
+        self._unet = FastUnet(base.unet, compiled_unet(base.unet, device))
+        self._decode = FastDecoder(base.vae, device)
 
     def draw(
         self,
@@ -120,15 +132,17 @@ class SdxlPipeline:
         scheduler = scheduler_for(request.solver, self._own_scheduler)
         way = sampling(self, request, scheduler)
         try:
-            images, batch_sizes = self._draw_all(request, conditioning, way, on_step)
+            with self._unet.as_it_came() if way.changes_unet else nullcontext():
+                pictures, batch_sizes = self._draw_all(request, conditioning, way, on_step)
         finally:
             way.close()
         return DrawnImages(
-            images=tuple(images),
+            pictures=tuple(pictures),
             scheduler=type(scheduler).__name__,
             steps=way.steps,
             batch_sizes=tuple(batch_sizes),
             prompt_chunks=conditioning.chunks,
+            is_compiled=self._unet.ran_compiled,
             reference_method=way.method,
         )
 
@@ -147,13 +161,19 @@ class SdxlPipeline:
         return ((latents - self._latent_mean(latents)) / self._latent_scale(latents)).to(self.dtype)
 
     def decode_latents(self, latents: torch.Tensor) -> Image:
-        """The picture of one image's latents."""
-        latents = latents.to(self.base.vae.dtype)
-        latents = latents * self._latent_scale(latents) + self._latent_mean(latents)
-        with torch.no_grad():
-            pixels = self.base.vae.decode(latents, return_dict=False)[0]
-        picture: Image = self.base.image_processor.postprocess(pixels, output_type="pil")[0]
-        return picture
+        """The picture of one image's latents. The device is waited for."""
+        pixels = self._decode.plain(self._as_decoded(latents))
+        return fromarray(pixels[0].cpu().numpy())
+
+    @property
+    def may_be_compiled(self) -> bool:
+        """Whether new shapes may be compiled; see :meth:`settle`."""
+        return self._unet.may_be_compiled
+
+    def settle(self) -> None:
+        """All shapes that jobs are expected to have were drawn: no job waits for a compiler from here on."""
+        self._unet.settle()
+        self._decode.settle()
 
     def sketch(self, latents: torch.Tensor) -> Image:
         """A small guess at the first picture of latents that are still noisy. The device is waited for.
@@ -174,7 +194,9 @@ class SdxlPipeline:
         factor = self.base.vae_scale_factor
         shape = (1, self.base.unet.config.in_channels, height // factor, width // factor)
         drawn = [torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators]
-        return torch.cat(drawn).to(self.device, self.dtype)
+        noise = torch.cat(drawn).to(self.dtype)
+        # From pinned memory the copy waits for nothing that the device still has to do.
+        return noise.pin_memory().to(self.device, non_blocking=True) if self.device.startswith("cuda") else noise
 
     def _draw_all(
         self,
@@ -182,13 +204,13 @@ class SdxlPipeline:
         conditioning: Conditioning,
         way: Sampling,
         on_step: Callable[[int, int, torch.Tensor], None],
-    ) -> tuple[list[Image], list[int]]:
-        images: list[Image] = []
+    ) -> tuple[list[Picture], list[int]]:
+        pictures: list[Picture] = []
         batch_sizes: list[int] = []
         size = len(request.seeds)
-        while len(images) < len(request.seeds):
-            seeds = request.seeds[len(images) : len(images) + size]
-            remaining_batches = -(-(len(request.seeds) - len(images)) // size)
+        while len(pictures) < len(request.seeds):
+            seeds = request.seeds[len(pictures) : len(pictures) + size]
+            remaining_batches = -(-(len(request.seeds) - len(pictures)) // size)
             steps_done = len(batch_sizes) * way.steps
             steps_total = steps_done + remaining_batches * way.steps
             report = partial(_report, on_step, steps_done, steps_total)
@@ -203,8 +225,19 @@ class SdxlPipeline:
                 logger.warning("out of memory with %d images at once; going on with %d", size * 2, size)
                 continue
             batch_sizes.append(len(seeds))
-            images += [self.decode_latents(latents[i : i + 1]) for i in range(len(seeds))]
-        return images, batch_sizes
+            pictures += self._decoded(latents)
+        return pictures, batch_sizes
+
+    def _decoded(self, latents: torch.Tensor) -> list[Picture]:
+        """The pictures of a batch, one by one: each fills the device."""
+        is_finite = torch.isfinite(latents).all()
+        pictures: list[Picture] = []
+        for one in latents.split(1):
+            pixels = self._unless_out_of_memory(partial(self._decode, self._as_decoded(one)))
+            if pixels is None:
+                pixels = self._decode.plain(self._as_decoded(one))
+            pictures.append(Picture.send(pixels[0], is_finite))
+        return pictures
 
     def _sampled(
         self,
@@ -215,14 +248,17 @@ class SdxlPipeline:
         on_step: Callable[[int, torch.Tensor], None],
     ) -> torch.Tensor | None:
         """The latents of a batch, or None where it does not fit into memory."""
+        pacer = StepPacer(self.device)
 
         def after_step(pipeline: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pacer.step()
             # A scheduler of second order calls the UNet twice for one step.
             on_step(min(way.steps, index * way.steps // max(1, pipeline.num_timesteps) + 1), tensors["latents"])
             return {}
 
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        try:
+
+        def sample() -> torch.Tensor:
             latents: torch.Tensor = way.pipeline(
                 prompt_embeds=_for_each(conditioning.prompt, seeds),
                 pooled_prompt_embeds=_for_each(conditioning.pooled, seeds),
@@ -234,18 +270,28 @@ class SdxlPipeline:
                 callback_on_step_end=after_step,
                 **way.arguments(generators),
             ).images
+            return latents
+
+        return self._unless_out_of_memory(sample)
+
+    def _unless_out_of_memory(self, make: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """What ``make`` makes, or None where it does not fit into memory; then all is freed that can be made again."""
+        try:
+            return make()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        else:
-            if not bool(torch.isfinite(latents).all()):
-                raise GenerationError("the model's output is not a number; its weights or their precision are unusable")
-            return latents
         # Only here has the exception let go of the tensors in its frames.
+        self._unet.forget()
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
         return None
+
+    def _as_decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        latents = latents.float()
+        scaled = latents * self._latent_scale(latents) + self._latent_mean(latents)
+        return scaled.to(next(self.base.vae.decoder.parameters()).dtype)
 
     def _latent_scale(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.base.vae.config
@@ -256,6 +302,17 @@ class SdxlPipeline:
         config = self.base.vae.config
         mean = config.latents_mean or [0.0] * config.latent_channels
         return torch.tensor(mean).view(1, -1, 1, 1).to(latents)
+
+
+def _lighten_decoder(vae: Any, dtype: torch.dtype) -> None:
+    """Let the decoder work in bfloat16, which has the range of single precision; the encoder keeps its own.
+
+    diffusers decodes in bfloat16 as well where a pipeline was loaded in it.
+    """
+    if dtype is torch.bfloat16:
+        for part in (vae.decoder, vae.post_quant_conv):
+            if part is not None:
+                part.to(dtype)
 
 
 def load_pipeline(model: Path, *, device: str, variant: SdxlVariant, config_dir: Path | None = None) -> SdxlPipeline:

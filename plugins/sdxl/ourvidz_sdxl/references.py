@@ -140,7 +140,13 @@ def _with_controlnet(
     def arguments(generators: Sequence[torch.Generator]) -> dict[str, Any]:
         return {**plain.arguments(generators), **control, "controlnet_conditioning_scale": picture.strength}
 
-    return Sampling(pipeline=pipeline, steps=plain.steps, arguments=arguments, method=ReferenceMethod.CONTROLNET_CANNY)
+    return Sampling(
+        pipeline=pipeline,
+        steps=plain.steps,
+        arguments=arguments,
+        method=ReferenceMethod.CONTROLNET_CANNY,
+        changes_unet=True,
+    )
 
 
 @frozen(kw_only=True)
@@ -177,9 +183,13 @@ def _with_ip_adapter(
         feature_extractor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
     )
 
+    processors = dict(base.unet.attn_processors)
+
     def close() -> None:
         # Without this the UNet would want an image from every job that follows.
         base.unload_ip_adapter()
+        # What was compiled, was compiled with these.
+        base.unet.set_attn_processor(processors)
         base.register_modules(image_encoder=None, feature_extractor=None)
 
     try:
@@ -204,7 +214,14 @@ def _with_ip_adapter(
     def arguments(generators: Sequence[torch.Generator]) -> dict[str, Any]:
         return {**plain.arguments(generators), "ip_adapter_image_embeds": embeds}
 
-    return Sampling(pipeline=base, steps=plain.steps, arguments=arguments, method=adapter.method, close=close)
+    return Sampling(
+        pipeline=base,
+        steps=plain.steps,
+        arguments=arguments,
+        method=adapter.method,
+        changes_unet=True,
+        close=close,
+    )
 
 
 def _configured(path: Path | None, variable: str) -> Path:

@@ -71,7 +71,8 @@ def made(a_job: Job, context: RecordingContext) -> Generation:
     """What the plugin makes of a job."""
     generation = generate(a_job, context)
     assert isinstance(generation, Generation)
-    return generation
+    assert generation.finish is not None
+    return attrs.evolve(generation, artifacts=generation.finish(), finish=None)
 
 
 def warm_model(context: RecordingContext) -> SdxlPipeline:

@@ -58,6 +58,7 @@ def test_callback_is_told_what_ran(new_context: NewContext) -> None:
         "num_inference_steps": 15,
         "guidance_scale": 6.0,
         "scheduler": "EulerDiscreteScheduler",
+        "compiled": False,
         "batch_sizes": [1],
         "prompt_chunks": 1,
         "negative_prompt_used": facts["negative_prompt_used"],
