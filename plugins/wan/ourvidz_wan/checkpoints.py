@@ -29,7 +29,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from ourvidz_core.engine.variants import FILE_NAME, read_variant
 from ourvidz_core.errors import ModelUnavailable
+from ourvidz_wan.acceleration import Acceleration, prepare_transformer
 from ourvidz_wan.config import Solver, WanVariant
+from ourvidz_wan.decoding import Decoder
 from ourvidz_wan.layout import (
     NATIVE_TEXT_ENCODER,
     NATIVE_TOKENIZER,
@@ -38,6 +40,7 @@ from ourvidz_wan.layout import (
     missing_native_files,
     transformer_files,
 )
+from ourvidz_wan.prediction import LocalPredictor, Predictor
 from ourvidz_wan.schedulers import SCHEDULERS
 from ourvidz_wan.tasks import Pipeline, Task
 
@@ -76,6 +79,12 @@ class WanModels:
     device: torch.device
     #: The diffusers pipeline of the task; each run sets its scheduler.
     pipeline: Any = field(repr=False)
+    #: Asks the pipeline's transformer, here or on several devices.
+    predictor: Predictor = field(repr=False)
+    #: Decodes with the pipeline's VAE.
+    decoder: Decoder = field(repr=False)
+    #: What was done to the transformer; None on a CPU.
+    acceleration: Acceleration | None = None
     #: Encoded reference pictures, by what they show: see ``sampling``.
     stills: OrderedDict[tuple[str, int], torch.Tensor] = field(factory=OrderedDict, repr=False)
     #: Encoded texts, by what they say.
@@ -119,7 +128,16 @@ def load_models(
         for module in modules:
             _move_off_files(module)
     _check_text_encoder(components["text_encoder"], ckpt_dir)
-    return WanModels(name=variant.name or ckpt_dir.name, variant=variant, device=place, pipeline=pipeline)
+    transformer = components["transformer"]
+    return WanModels(
+        name=variant.name or ckpt_dir.name,
+        variant=variant,
+        device=place,
+        pipeline=pipeline,
+        acceleration=prepare_transformer(transformer, place),
+        predictor=LocalPredictor(transformer, place, is_offloaded=offload),
+        decoder=Decoder(components["vae"], place),
+    )
 
 
 def load_transformer(ckpt_dir: Path, task: Task, *, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:

@@ -8,6 +8,7 @@ so whatever is written into the sample is gone one step later.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ class FrameConditioner:
     doubt: float = 0.0
     frame_correlation: float = FRAME_CORRELATION
     static_share: float = STATIC_SHARE
+    #: Gains that lie where the latents do, by noise level and number of frames.
+    _gains: dict[tuple[float, int], torch.Tensor] = field(factory=dict, init=False, repr=False)
+
+    def make_ready(self, sigmas: Sequence[float], sample: torch.Tensor) -> None:
+        """Bring the gains of a whole schedule to where ``sample`` is, so that no step waits for its own."""
+        count = sample.shape[2]
+        gains = torch.stack([self.gain(sigma, count) for sigma in sigmas]).to(sample)
+        self._gains.update({(sigma, count): gain for sigma, gain in zip(sigmas, gains, strict=True)})
 
     def gain(self, sigma: float, count: int) -> torch.Tensor:
         """How much each of ``count`` latent frames follows each known frame's residual, ``[count, known]``."""
@@ -67,12 +76,16 @@ class FrameConditioner:
     def __call__(self, predicted: torch.Tensor, sigma: float) -> torch.Tensor:
         """``predicted`` clean latents ``[batch, channels, frames, height, width]``, moved toward what is known."""
         count = predicted.shape[2]
+        if (sigma, count) not in self._gains:
+            self.make_ready([sigma], predicted)
         known = self._places(count)
         latents = self.latents.to(predicted)
-        gain = self.gain(sigma, count).to(predicted)
-        moved = predicted + torch.einsum("fs,bcshw->bcfhw", gain, latents - predicted[:, :, known])
+        # Place by place: a list of places would be sent to the device.
+        residual = latents - torch.stack([predicted[:, :, place] for place in known], dim=2)
+        moved = predicted + torch.einsum("fs,bcshw->bcfhw", self._gains[sigma, count], residual)
         if self.doubt == 0.0:
-            moved[:, :, known] = latents
+            for index, place in enumerate(known):
+                moved[:, :, place] = latents[:, :, index]
         return moved
 
     def _places(self, count: int) -> list[int]:
@@ -119,9 +132,9 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Te
 class ConditionedScheduler:
     """A flow scheduler whose steps start from conditioned predictions.
 
-    A diffusers pipeline hands its scheduler the guided model output and the sample, which is
-    the one place where conditioning belongs; so this wraps the scheduler and leaves the
-    pipeline as it is. Everything but ``step`` and ``set_timesteps`` is the scheduler's own.
+    A scheduler is handed the guided model output and the sample, which is the one place where
+    conditioning belongs; so this wraps the scheduler, and whoever drives it is left as it is.
+    Everything but ``step`` and ``set_timesteps`` is the scheduler's own.
     """
 
     def __init__(
@@ -148,6 +161,8 @@ class ConditionedScheduler:
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **options: Any) -> Any:
         sigma = float(self._scheduler.sigmas[self._step])
+        if self._conditioner is not None and self._step == 0:
+            self._conditioner.make_ready([float(level) for level in self._scheduler.sigmas[:-1]], sample)
         self._step += 1
         if self._conditioner is not None:
             predicted = sample - sigma * model_output

@@ -8,20 +8,25 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from ourvidz_core.errors import OurVidzError
 from ourvidz_wan.arguments import GenerateArguments, UsageError, parse_arguments
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ourvidz_wan.checkpoints import WanModels
     from ourvidz_wan.sampling import OnProgress
+
+    Frame = NDArray[np.uint8]
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -41,37 +46,72 @@ class GenerateResult:
     facts: Mapping[str, Any]
 
 
+@frozen(kw_only=True)
+class Unwritten:
+    """What was generated and is not yet a whole file. The device is free."""
+
+    result: GenerateResult
+    #: Writes the file, or waits until it is written. Called once; needs no device and may run in any thread.
+    write: Callable[[], None] = field(repr=False)
+
+
 def run(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> GenerateResult:
     """Generate what ``arguments`` ask for with loaded ``models``, and write it to ``arguments.save_file``.
 
     The one path for the engine and for the command line: the same arguments make the same bytes.
     """
+    generated = generate(arguments, models, on_progress)
+    generated.write()
+    return generated.result
+
+
+def generate(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> Unwritten:
+    """:func:`run` up to where the device is free. A video is encoded meanwhile, frames as they are decoded."""
+    from ourvidz_wan.sampling import decoded, make_latents
+    from ourvidz_wan.video import VideoWriter, even
+
+    made = make_latents(arguments, models, on_progress)
+    facts = {**made.facts, "prompt": arguments.prompt, "seed": arguments.base_seed}
+    width, height = made.size
+    # Under another name first: a file under the asked-for name is a whole one.
+    unfinished = arguments.save_file.with_name(f".{arguments.save_file.name}.part")
+    if arguments.frame_num == 1:
+        (frames,) = decoded(models, made.latents)
+        result = GenerateResult(path=arguments.save_file, width=width, height=height, frames=None, facts=made.facts)
+        return Unwritten(result=result, write=lambda: _write_image(frames[0], unfinished, result, facts))
+    writer = VideoWriter(unfinished, facts, fps=made.fps)
+    try:
+        for frames in decoded(models, made.latents):
+            writer.add(frames)
+    except BaseException:
+        writer.give_up()
+        unfinished.unlink(missing_ok=True)
+        raise
+    writer.end()
+    result = GenerateResult(
+        path=arguments.save_file,
+        width=even(width),
+        height=even(height),
+        frames=arguments.frame_num,
+        facts=made.facts,
+    )
+    return Unwritten(result=result, write=lambda: _take_place(unfinished, result, writer.wait))
+
+
+def _write_image(frame: Frame, unfinished: Path, result: GenerateResult, facts: Mapping[str, Any]) -> None:
     from PIL import Image
 
     from ourvidz_core.engine.pictures import write_png
-    from ourvidz_wan.sampling import sample
-    from ourvidz_wan.video import write_video
 
-    made = sample(arguments, models, on_progress)
-    facts = {**made.facts, "prompt": arguments.prompt, "seed": arguments.base_seed}
-    height, width = made.frames.shape[1:3]
-    # Under another name first: a file under the asked-for name is a whole one.
-    unfinished = arguments.save_file.with_name(f".{arguments.save_file.name}.part")
+    _take_place(unfinished, result, lambda: write_png(Image.fromarray(frame), unfinished, facts))
+
+
+def _take_place(unfinished: Path, result: GenerateResult, write: Callable[[], object]) -> None:
     try:
-        if arguments.frame_num == 1:
-            write_png(Image.fromarray(made.frames[0]), unfinished, facts)
-        else:
-            width, height = write_video(made.frames, unfinished, facts, fps=made.fps)
-        os.replace(unfinished, arguments.save_file)
+        write()
+        os.replace(unfinished, result.path)
     finally:
         unfinished.unlink(missing_ok=True)
-    return GenerateResult(
-        path=arguments.save_file,
-        width=width,
-        height=height,
-        frames=None if arguments.frame_num == 1 else arguments.frame_num,
-        facts=made.facts,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +12,9 @@ import attrs
 import numpy as np
 import torch
 from attrs import field, frozen
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ourvidz_core.engine.pacing import StepPacer
 from ourvidz_core.errors import GenerationError, ReferenceInvalid
 from ourvidz_wan.arguments import GenerateArguments
 from ourvidz_wan.checkpoints import WanModels, make_scheduler
@@ -28,6 +28,8 @@ from ourvidz_wan.conditioning import (
     single_start_sigma,
 )
 from ourvidz_wan.config import as_size, frames_of, scaled_size
+from ourvidz_wan.decoding import Arriving, Frames, latent_statistics
+from ourvidz_wan.denoising import denoise
 from ourvidz_wan.tasks import Pipeline
 from ourvidz_wan.video import read_video
 
@@ -45,15 +47,23 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 @frozen(kw_only=True, eq=False)
-class Sample:
-    """The frames of one run, and what is true of how they were made."""
+class Latents:
+    """What one run denoised, and what is true of how it was made."""
 
-    #: ``[frames, height, width, 3]``
-    frames: NDArray[np.uint8] = field(repr=False)
-    #: The normalised latents that were decoded, ``[1, channels, frames, height, width]``.
+    #: Normalised, ``[1, channels, frames, height, width]``.
     latents: torch.Tensor = field(repr=False)
+    #: Width and height of the frames.
+    size: tuple[int, int]
     fps: int
     facts: Mapping[str, Any]
+
+
+@frozen(kw_only=True, eq=False)
+class Sample(Latents):
+    """The frames of one run with the latents that they were decoded from."""
+
+    #: ``[frames, height, width, 3]``
+    frames: Frames = field(repr=False)
 
 
 @frozen(kw_only=True)
@@ -74,8 +84,18 @@ def sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProgr
     :raises ReferenceInvalid: a reference video does not fit.
     :raises GenerationError: the model's output is no number.
     """
+    made = make_latents(arguments, models, on_progress)
+    frames = decode(models, made.latents)
+    return Sample(frames=frames, latents=made.latents, size=made.size, fps=made.fps, facts=made.facts)
+
+
+def make_latents(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> Latents:
+    """What :func:`sample` decodes; on a GPU the last steps may still be under way.
+
+    :raises ReferenceInvalid: a reference video does not fit.
+    """
     with torch.no_grad():
-        return _sample(arguments, models, on_progress)
+        return _make_latents(arguments, models, on_progress)
 
 
 def fit_image(path: Path, size: tuple[int, int]) -> Image.Image:
@@ -99,7 +119,7 @@ def encode_still(models: WanModels, image: Image.Image, frames: int) -> torch.Te
         still = torch.from_numpy(pixels.copy()).to(models.device, torch.float32) / 127.5 - 1.0
         clip = still.permute(2, 0, 1)[None, :, None].expand(-1, -1, frames, -1, -1)
         encoded = vae.encode(clip.to(vae.dtype)).latent_dist.mode().float()
-        mean, std = _latent_statistics(models)
+        mean, std = latent_statistics(vae, models.device)
         normalised: torch.Tensor = (encoded - mean) / std
         return normalised
 
@@ -118,20 +138,32 @@ def encode_text(models: WanModels, text: str) -> torch.Tensor:
     return _remembered(models.texts, text, encode, CACHED_TEXTS)
 
 
-def decode(models: WanModels, latents: torch.Tensor) -> NDArray[np.uint8]:
-    """The frames of normalised ``latents``, ``[frames, height, width, 3]``."""
-    vae: Any = models.pipeline.vae
-    mean, std = _latent_statistics(models)
-    # In the order in which diffusers rounds it, so that its frames are matched to the bit.
-    video = vae.decode((latents / (1.0 / std) + mean).to(vae.dtype), return_dict=False)[0]
-    # Where models are offloaded, the VAE leaves the device; elsewhere this does nothing.
-    models.pipeline.maybe_free_model_hooks()
-    pixels = ((video[0] * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    frames: NDArray[np.uint8] = pixels.permute(1, 2, 3, 0).cpu().numpy()
-    return frames
+def decode(models: WanModels, latents: torch.Tensor) -> Frames:
+    """The frames of normalised ``latents``, ``[frames, height, width, 3]``; see :func:`decoded`."""
+    return np.concatenate(list(decoded(models, latents)))
 
 
-def _sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> Sample:
+@torch.no_grad()
+def decoded(models: WanModels, latents: torch.Tensor) -> Iterator[Frames]:
+    """The same frames in parts, as they come; the device works on the next parts meanwhile.
+
+    :raises GenerationError: the latents are no numbers.
+    """
+    # Asked at once, it would let the device run dry.
+    is_finite = Arriving(torch.isfinite(latents).all())
+    try:
+        for frames in models.decoder.chunks(latents):
+            if not is_finite.wait():
+                raise GenerationError(
+                    f"{models.name} produced values that are no numbers; try another seed or guidance scale"
+                )
+            yield frames
+    finally:
+        # Where models are offloaded, the VAE leaves the device; elsewhere this does nothing.
+        models.pipeline.maybe_free_model_hooks()
+
+
+def _make_latents(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> Latents:
     width, height = scaled_size(arguments.size, models.variant.size_scale)
     # One frame cannot lead from one picture to another.
     is_end_ignored = arguments.frame_num == 1 and bool(arguments.first_frame and arguments.last_frame)
@@ -139,8 +171,6 @@ def _sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProg
         arguments = attrs.evolve(arguments, last_frame=None)
     runs = {Pipeline.TEXT: _run_text, Pipeline.IMAGE: _run_image, Pipeline.VACE: _run_vace}
     latents, method, strength = runs[arguments.task.pipeline](arguments, models, (width, height), on_progress)
-    if not bool(torch.isfinite(latents).all()):
-        raise GenerationError(f"{models.name} produced values that are no numbers; try another seed or guidance scale")
     facts = {
         "wan_task": arguments.task.name,
         "model": models.name,
@@ -163,7 +193,10 @@ def _sample(arguments: GenerateArguments, models: WanModels, on_progress: OnProg
         facts["negative_prompt_source"] = "model" if arguments.negative_prompt is None else "job"
     if is_end_ignored:
         facts["references_ignored"] = ["end"]
-    return Sample(frames=decode(models, latents), latents=latents, fps=models.variant.fps, facts=facts)
+    if models.acceleration is not None:
+        facts |= models.acceleration.facts
+    facts |= models.decoder.facts
+    return Latents(latents=latents, size=(width, height), fps=models.variant.fps, facts=facts)
 
 
 def _run_text(
@@ -171,14 +204,24 @@ def _run_text(
 ) -> tuple[torch.Tensor, str | None, float | None]:
     plan = _plan(arguments, models, size)
     scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift)
-    generator = _generator(arguments)
-    started: dict[str, Any] = {}
+    noise = _noise(arguments, models, size)
     if plan.method is not None:
         scheduler = ConditionedScheduler(scheduler, conditioner=plan.conditioner, start_sigma=plan.start_sigma)
     if plan.clean is not None and plan.start_sigma is not None:
-        noise = torch.randn(plan.clean.shape, generator=generator).to(plan.clean)
-        started["latents"] = noised(plan.clean, noise, plan.start_sigma)
-    latents = _call(arguments, models, scheduler, size, on_progress, generator=generator, **started)
+        noise = noised(plan.clean, noise, plan.start_sigma)
+    dtype: torch.dtype = models.pipeline.transformer.dtype
+    latents = denoise(
+        noise,
+        scheduler=scheduler,
+        steps=arguments.sample_steps,
+        predictor=models.predictor,
+        branches=[{"encoder_hidden_states": text.to(dtype)} for text in _texts(arguments, models).values()],
+        guidance_scale=arguments.sample_guide_scale,
+        dtype=dtype,
+        on_step=lambda step: on_progress(step, arguments.sample_steps),
+    )
+    # Where models are offloaded, the transformer leaves the device; elsewhere this does nothing.
+    models.pipeline.maybe_free_model_hooks()
     return latents, plan.method, plan.strength
 
 
@@ -276,20 +319,17 @@ def _call(
 ) -> torch.Tensor:
     """Run the diffusers pipeline up to the latents."""
 
+    pacer = StepPacer(str(models.device))
+
     def step_ended(_pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        pacer.step()
         on_progress(step + 1, arguments.sample_steps)
         return {}
 
-    texts = {"prompt_embeds": encode_text(models, arguments.prompt)}
-    if arguments.sample_guide_scale > 1:  # without guidance nothing reads it
-        negative_prompt = arguments.negative_prompt
-        if negative_prompt is None:
-            negative_prompt = models.variant.negative_prompt
-        texts["negative_prompt_embeds"] = encode_text(models, negative_prompt)
     models.pipeline.scheduler = scheduler
     width, height = size
     latents: torch.Tensor = models.pipeline(
-        **texts,
+        **_texts(arguments, models),
         width=width,
         height=height,
         num_frames=arguments.frame_num,
@@ -301,6 +341,17 @@ def _call(
         **options,
     )[0]
     return latents
+
+
+def _texts(arguments: GenerateArguments, models: WanModels) -> dict[str, torch.Tensor]:
+    """What the transformer reads of the prompt, and after it of the negative prompt, by the pipelines' names."""
+    texts = {"prompt_embeds": encode_text(models, arguments.prompt)}
+    if arguments.sample_guide_scale > 1:  # without guidance nothing reads it
+        negative_prompt = arguments.negative_prompt
+        if negative_prompt is None:
+            negative_prompt = models.variant.negative_prompt
+        texts["negative_prompt_embeds"] = encode_text(models, negative_prompt)
+    return texts
 
 
 def _remembered(
@@ -319,13 +370,13 @@ def _generator(arguments: GenerateArguments) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(arguments.base_seed)
 
 
-def _latent_statistics(models: WanModels) -> tuple[torch.Tensor, torch.Tensor]:
-    config: Any = models.pipeline.vae.config
-
-    def channels(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, device=models.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
-
-    return channels(config.latents_mean), channels(config.latents_std)
+def _noise(arguments: GenerateArguments, models: WanModels, size: tuple[int, int]) -> torch.Tensor:
+    """What a text-to-video run starts from, in float32."""
+    pipeline: Any = models.pipeline
+    width, height = (side // pipeline.vae_scale_factor_spatial for side in size)
+    frames = (arguments.frame_num - 1) // pipeline.vae_scale_factor_temporal + 1
+    shape = (1, pipeline.transformer.config.in_channels, frames, height, width)
+    return torch.randn(shape, generator=_generator(arguments)).to(models.device)
 
 
 def _fit_video(path: Path, frames: int, size: tuple[int, int]) -> list[Image.Image]:

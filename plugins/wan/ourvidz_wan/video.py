@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import struct
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,19 +37,64 @@ ENCODER_OPTIONS = {
 CONTAINER_OPTIONS = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"}
 
 
-def write_video(frames: Frames, path: Path, facts: Mapping[str, Any], *, fps: int) -> tuple[int, int]:
-    """Write ``frames`` ``[frames, height, width, 3]`` as H.264, and return the width and height written.
+class VideoWriter:
+    """Writes a video in a thread of its own while its frames come in."""
 
-    The same frames and facts make the same bytes. 4:2:0 video has even sides, so an odd
-    side grows by repeating its last line.
+    def __init__(self, path: Path, facts: Mapping[str, Any], *, fps: int) -> None:
+        """See :func:`write_video`."""
+        self._coming: queue.SimpleQueue[Frames | None] = queue.SimpleQueue()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-video")
+        self._written = self._thread.submit(write_video, self._frames(), path, facts, fps=fps)
+
+    def add(self, frames: Frames) -> None:
+        """Take the next ``frames``, ``[frames, height, width, 3]``, which nobody changes any more."""
+        self._coming.put(frames)
+
+    def end(self) -> None:
+        """Say that no more frames come."""
+        self._coming.put(None)
+        self._thread.shutdown(wait=False)
+
+    def give_up(self) -> None:
+        """Stop, and leave what was written for the caller to remove."""
+        self.end()
+        wait([self._written])
+
+    def wait(self) -> tuple[int, int]:
+        """The width and height written, once the file is whole; raises what the writing raised."""
+        return self._written.result()
+
+    def _frames(self) -> Iterator[Frames]:
+        while (frames := self._coming.get()) is not None:
+            yield frames
+
+
+def even(side: int) -> int:
+    """The side that a 4:2:0 video has for one of ``side`` pixels: it cannot be odd."""
+    return side + side % 2
+
+
+def write_video(
+    frames: Frames | Iterable[Frames], path: Path, facts: Mapping[str, Any], *, fps: int
+) -> tuple[int, int]:
+    """Write ``frames`` ``[frames, height, width, 3]``, or parts of them, as H.264; the width and height written.
+
+    The same frames and facts make the same bytes, however they are parted. 4:2:0 video has
+    even sides, so an odd side grows by repeating its last line.
+
+    :raises ValueError: there are no frames.
     """
     import av
     import numpy as np
 
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        height, width = frames.shape[1:3]
+    parts = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    first = next(parts, None)
+    if first is None:
+        raise ValueError(f"there are no frames to write to {path.name}")
+    shown_height, shown_width = first.shape[1:3]
+    height, width = even(shown_height), even(shown_width)
+    is_odd = (height, width) != (shown_height, shown_width)
+    padding = ((0, 0), (0, height - shown_height), (0, width - shown_width), (0, 0))
     with av.open(path, mode="w", format="mp4", options=CONTAINER_OPTIONS) as container:
         container.metadata.update(file_facts(facts))
         stream = container.add_stream("libx264", rate=fps, options=ENCODER_OPTIONS)
@@ -57,7 +105,8 @@ def write_video(frames: Frames, path: Path, facts: Mapping[str, Any], *, fps: in
         # Untagged video of this size is taken for BT.601 by some players and for BT.709 by others.
         context.colorspace = context.color_primaries = context.color_trc = 1
         context.color_range = 1
-        for index, frame in enumerate(frames):
+        padded = (np.pad(part, padding, mode="edge") if is_odd else part for part in chain([first], parts))
+        for index, frame in enumerate(chain.from_iterable(padded)):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
                 format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
             )
