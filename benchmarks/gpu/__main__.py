@@ -1,0 +1,144 @@
+"""What a GPU does with OurVidz and with plain diffusers and transformers, side by side.
+
+``python -m benchmarks.gpu [--only wan81,sdxl1] [--list] [--small] [--models DIRECTORY] [--json FILE]``
+
+The models have the production architectures and random weights, on which speed does not depend; they are
+written below ``--models`` once, 40 GB, and used again by the next run. Every figure is of warm models and ends
+with a file on disk. Ours goes through what jobs go through: ``wan_generate``'s arguments, the SDXL pipeline,
+the writer of prompts, a worker's process. Groups of rows have a process each, one after another; a row that
+fails or takes too long is reported, and the others go on. The JSON is written anew after each row.
+``--small`` takes the same ways with tiny models on a processor. Ends with 1 where a row failed or missed its target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+
+import cattrs
+
+from benchmarks.gpu import report
+from benchmarks.gpu.rows import ROWS, Outcome, Row, choose
+
+Say = Callable[[Outcome], None]
+REASON = 900
+
+
+def run(rows: Sequence[Row], *, models: Path, is_small: bool, work: Path, on_outcome: Say) -> None:
+    """Measure ``rows`` and say what became of each."""
+    for group, members in groupby(rows, key=lambda row: row.group):
+        pending = list(members)
+        while pending:
+            done = 0
+            for outcome in _group(group, pending, models=models, is_small=is_small, work=work):
+                done += 1
+                on_outcome(outcome)
+            # What is left after a crash begins again without the row that crashed.
+            pending = pending[done:]
+
+
+def _group(group: str, rows: Sequence[Row], *, models: Path, is_small: bool, work: Path) -> Iterator[Outcome]:
+    """The outcomes of one process; the last may be of the row that ended it."""
+    command = [sys.executable, "-m", "benchmarks.gpu.measure", group, *(row.name for row in rows)]
+    command += [f"--models={models}", f"--out={work}", *(["--small"] if is_small else [])]
+    log = work / f"{group}.log"
+    with log.open("ab") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, cwd=Path(__file__).parents[2])
+    assert process.stdout is not None
+    lines = _lines(process.stdout)
+    try:
+        for row in rows:
+            deadline = time.monotonic() + row.limit
+            outcome: Outcome | None = None
+            while outcome is None:
+                try:
+                    said = lines.get(timeout=max(deadline - time.monotonic(), 0.01))
+                except queue.Empty:
+                    yield Outcome(row=row.name, status="failed", reason=f"not done within {row.limit:.0f} s")
+                    return
+                if said is None:
+                    reason = f"its process ended: {log.read_text('utf-8', 'replace')[-REASON:]}"
+                    yield Outcome(row=row.name, status="failed", reason=reason)
+                    return
+                if "row" in said:
+                    outcome = cattrs.structure(said, Outcome)
+            yield outcome
+    finally:
+        # Asked first, so that a worker that it started ends with it.
+        if not _ends(process, 0.0 if sys.exc_info()[0] else 20.0):
+            process.terminate()
+            if not _ends(process, 20.0):
+                process.kill()
+                process.wait()
+
+
+def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _lines(stream: IO[bytes]) -> queue.Queue[dict[str, Any] | None]:
+    """What a process says, as it says it; None at its end."""
+    lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+
+    def read() -> None:
+        for line in stream:
+            lines.put(json.loads(line))
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print as rows come, and end with 1 where a row failed or missed its target."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", help="rows, comma-separated")
+    parser.add_argument("--list", action="store_true", help="say which rows there are")
+    parser.add_argument("--small", action="store_true", help="tiny models on a processor")
+    parser.add_argument("--models", type=Path, help="where models are written and found again (default: nowhere)")
+    parser.add_argument("--json", type=Path, help="write the figures there, anew after each row")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    given = parser.parse_args(argv)
+    try:
+        rows = choose(given.only)
+    except ValueError as error:
+        parser.error(str(error))
+    if given.list:
+        print("\n".join(f"{row.name:12} {row.what}" for row in ROWS))
+        return 0
+    outcomes: list[Outcome] = []
+    machine = report.this_machine()
+
+    def on_outcome(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        print(report.as_table([outcome]).partition("\n")[2], flush=True)
+        if given.json is not None:
+            report.write(given.json, outcomes, machine)
+
+    with tempfile.TemporaryDirectory(prefix="ourvidz-gpu-") as work:
+        models = given.models or Path(work) / "models"
+        run(rows, models=models, is_small=given.small, work=Path(work), on_outcome=on_outcome)
+    print(f"\n{report.as_table(outcomes, markdown=given.markdown)}")
+    # What tiny models come to on a processor meets nothing and misses nothing.
+    bad = [
+        outcome for outcome in outcomes if outcome.status == "failed" or (not given.small and outcome.is_met is False)
+    ]
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

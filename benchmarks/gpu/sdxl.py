@@ -1,0 +1,134 @@
+"""SDXL's rows: requests to PNG files, with our pipeline and with plain diffusers."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.clock import allocated, relative_error, timed
+from benchmarks.gpu.models import Models
+from benchmarks.gpu.rows import Measured, Scale
+
+GUIDANCE, SEED = 7.5, 7
+NEGATIVE = "blurry, low quality"
+
+
+class Sdxl:
+    """Both models, loaded when a row first needs them."""
+
+    def __init__(self, scale: Scale, models: Models, out: Path) -> None:
+        self._scale = scale
+        self._directory = models.sdxl()
+        self._out = out
+        self._prompts = 0
+        self._last: torch.Tensor | None = None
+
+    def measure(self, row: str) -> Measured:
+        """The row of this name."""
+        if row == "sdxl_exact":
+            return self._error()
+        return self._images(1 if row == "sdxl1" else self._scale.images)
+
+    def _images(self, count: int) -> Measured:
+        scale = self._scale
+        plain_bytes = self._plain_bytes if "_plain" in self.__dict__ else 0
+        self._run_ours(count)
+        ours = timed(lambda: self._run_ours(count), scale.device, repeats=scale.repeats, elsewhere=plain_bytes)
+        self._run_plain(count, 2)
+        held = allocated(scale.device)
+        plain = timed(
+            lambda: self._run_plain(count, scale.steps),
+            scale.device,
+            repeats=min(scale.repeats, 2),
+            elsewhere=held - self._plain_bytes,
+        )
+        return Measured(
+            ours=ours.seconds, alternative=plain.seconds, peak=ours.peak, alternative_peak=plain.peak, facts=ours.value
+        )
+
+    def _error(self) -> Measured:
+        """Against diffusers in the precision that ours has; where one usually runs it in fp16, ours takes bf16."""
+        self.__dict__.pop("_plain", None)
+        self._run_ours(1)
+        pipeline = self._load_plain(self._ours.dtype)
+        theirs = pipeline(**self._asked(1, self._scale.steps), output_type="latent").images
+        assert self._last is not None
+        return Measured(ours=relative_error(self._last, theirs))
+
+    @cached_property
+    def _ours(self) -> Any:
+        from ourvidz_sdxl.pipeline import load_pipeline
+        from ourvidz_sdxl.variants import SdxlVariant
+
+        from ourvidz_core.engine.variants import read_variant
+
+        variant = read_variant(self._directory, SdxlVariant)
+        return load_pipeline(self._directory, device=self._scale.device, variant=variant)
+
+    @cached_property
+    def _plain(self) -> Any:
+        before = allocated(self._scale.device)
+        pipeline = self._load_plain(torch.float32 if self._scale.device == "cpu" else torch.float16)
+        self._plain_bytes = allocated(self._scale.device) - before
+        return pipeline
+
+    def _load_plain(self, dtype: torch.dtype) -> Any:
+        from diffusers import StableDiffusionXLPipeline
+
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            str(self._directory), torch_dtype=dtype, add_watermarker=False
+        ).to(self._scale.device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _run_ours(self, count: int) -> dict[str, Any]:
+        from ourvidz_sdxl.pipeline import ImageRequest
+        from ourvidz_sdxl.references import Samplings
+        from ourvidz_sdxl.settings import SdxlSettings
+
+        from ourvidz_core.engine.pictures import write_png
+
+        self._prompts += 1
+        side = self._scale.side
+        request = ImageRequest(
+            prompt=_prompt(self._prompts),
+            negative_prompt=NEGATIVE,
+            seeds=tuple(range(SEED, SEED + count)),
+            width=side,
+            height=side,
+            num_inference_steps=self._scale.steps,
+            guidance_scale=GUIDANCE,
+        )
+
+        def keep(_step: int, _total: int, latents: torch.Tensor) -> None:
+            self._last = latents
+
+        drawn = self._ours.draw(request, sampling=Samplings(SdxlSettings()), on_step=keep)
+        with ThreadPoolExecutor(count) as pool:
+            paths = [self._out / f"ours-{index}.png" for index in range(count)]
+            list(pool.map(lambda image, path: write_png(image, path, {}), drawn.images, paths))
+        return {"batches": "+".join(map(str, drawn.batch_sizes))}
+
+    def _run_plain(self, count: int, steps: int) -> None:
+        images = self._plain(**self._asked(count, steps)).images
+        for index, image in enumerate(images):
+            image.save(self._out / f"plain-{index}.png")
+
+    def _asked(self, count: int, steps: int) -> dict[str, Any]:
+        return {
+            "prompt": [_prompt(self._prompts)] * count,
+            "negative_prompt": [NEGATIVE] * count,
+            "width": self._scale.side,
+            "height": self._scale.side,
+            "num_inference_steps": steps,
+            "guidance_scale": GUIDANCE,
+            "generator": [torch.Generator("cpu").manual_seed(SEED + index) for index in range(count)],
+        }
+
+
+def _prompt(number: int) -> str:
+    return f"a lighthouse on a rocky coast, wave number {number}"

@@ -1,0 +1,320 @@
+"""Rows of a whole worker: Redis, the worker's process and its engine's, storage and callbacks over HTTP.
+
+How busy the GPU is comes from NVML: the share of time in which a kernel ran, by samples that the driver takes.
+On a processor it is the engine's processor time, so that the small run has a figure, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import redis
+from attrs import define, field
+
+from benchmarks.gpu.models import Models, payload
+from benchmarks.gpu.report import gpus
+from benchmarks.gpu.rows import Measured, Scale, Skipped
+from ourvidz_core.delivery.embedded import EmbeddedRedis
+from ourvidz_core.testing.servers import SupabaseServer
+
+SAMPLE_SECONDS = 0.02
+#: How many images users ask for, and how often.
+COUNTS, SHARES = (1, 3, 6), (6, 3, 1)
+START_SECONDS = 300.0
+
+
+class Service:
+    """The SDXL rows: the start of a worker, and a mixture of jobs. The second start's worker does the jobs."""
+
+    def __init__(self, scale: Scale, models: Models, out: Path) -> None:
+        self._scale = scale
+        self._environ = {"OURVIDZ_SDXL_MODEL": str(models.sdxl()), "OURVIDZ_SDXL_UNKNOWN_VARIANT": "default"}
+        self._out = out
+        self._open = contextlib.ExitStack()
+        self._worker: RunningWorker | None = None
+
+    def measure(self, row: str) -> Measured:
+        """The row of this name."""
+        return self._start() if row == "start" else self._mixed()
+
+    def close(self) -> None:
+        """End what still runs."""
+        self._open.close()
+
+    def _start(self) -> Measured:
+        # The first fills the caches on disk, as the first start on a new machine does.
+        with self._opened() as (_, cold):
+            pass
+        self._worker, warm = self._open.enter_context(self._opened())
+        return Measured(ours=warm, peak=_used_gib(), facts={"cold_seconds": cold})
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[RunningWorker, float]]:
+        """A worker that had one job waiting, and the seconds to its image."""
+        with RunningWorker.opened(self._out / "service", self._scale, "sdxl_queue", self._environ) as worker:
+            started = time.time()
+            worker.push("sdxl_image_high", config={"num_images": 1, "sample_steps": self._scale.steps})
+            worker.start()
+            worker.wait_for(1, START_SECONDS)
+            yield worker, worker.ended() - started
+
+    def _mixed(self) -> Measured:
+        if self._worker is None:
+            self._worker, _ = self._open.enter_context(self._opened())
+        worker, chance = self._worker, random.Random(7)
+        before = len(worker.outcomes())
+        with Sampler(worker.engine_seconds) as sampler:
+            images = 0
+            for _ in range(self._scale.jobs):
+                (count,) = chance.choices(COUNTS, SHARES)
+                count = min(count, self._scale.images)
+                images += count
+                worker.push(chance.choice(["sdxl_image_fast", "sdxl_image_high"]), config={"num_images": count})
+            worker.wait_for(before + self._scale.jobs, 150.0)
+        began, ended = worker.began(before), worker.ended()
+        return Measured(
+            ours=100 * sampler.busy(began, ended),
+            peak=sampler.peak_gib,
+            facts={
+                "measured_by": sampler.source,
+                "jobs": self._scale.jobs,
+                "images": images,
+                "wall_seconds": ended - began,
+            },
+        )
+
+
+class SeveralGpus:
+    """The same video on one GPU and on several, each by a worker of its own."""
+
+    def __init__(self, scale: Scale, models: Models, out: Path) -> None:
+        self._scale = scale
+        self._models = models
+        self._out = out
+        self._alone: float | None = None
+
+    def measure(self, row: str) -> Measured:
+        """How many times as fast."""
+        count = int(row.removeprefix("gpus"))
+        if find_spec("ourvidz_wan.parallel") is None:
+            raise Skipped("OURVIDZ_WAN_GPUS is not there yet")
+        if len(gpus()) < count:
+            raise Skipped(f"this machine has {len(gpus())} GPUs")
+        if self._alone is None:
+            self._alone = self._seconds(1)
+        together = self._seconds(count)
+        return Measured(ours=self._alone / together, facts={"alone_seconds": self._alone, "together_seconds": together})
+
+    def _seconds(self, count: int) -> float:
+        """From a warm job's start to its end, its upload included."""
+        environ = {"OURVIDZ_WAN_CKPT_DIR": str(self._models.wan())}
+        if count > 1:
+            environ["OURVIDZ_WAN_GPUS"] = str(count)
+        with RunningWorker.opened(self._out / f"gpus-{count}", self._scale, "wan_queue", environ) as worker:
+            worker.push("video_fast", config={"sample_steps": 2})
+            worker.push("video_fast", config={"sample_steps": self._scale.steps})
+            worker.start()
+            worker.wait_for(2, START_SECONDS)
+            return worker.ended() - worker.began(1)
+
+
+@define(kw_only=True)
+class RunningWorker:
+    """A worker process with all that it talks to."""
+
+    queue: str
+    client: redis.Redis
+    supabase: SupabaseServer
+    environ: dict[str, str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    _pushed: int = field(default=0, init=False)
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, directory: Path, scale: Scale, queue: str, environ: dict[str, str]) -> Iterator[Self]:
+        """Redis and storage for a worker of ``queue`` whose caches are in ``directory``; nothing runs after the block."""
+        directory.mkdir(parents=True, exist_ok=True)
+        with SupabaseServer() as supabase, tempfile.TemporaryDirectory(prefix="ourvidz-gpu-") as name:
+            server = EmbeddedRedis(Path(name))
+            client = redis.Redis.from_url(server.address)
+            ours = ("OURVIDZ_", "SUPABASE_", "REDIS_", "UPSTASH_")
+            kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+            chosen = {key: value for key, value in os.environ.items() if key.startswith(("OURVIDZ_WAN_", "OURVIDZ_CO"))}
+            worker = cls(
+                queue=queue,
+                client=client,
+                supabase=supabase,
+                log=directory / "worker.log",
+                environ={
+                    **kept,
+                    **chosen,
+                    "REDIS_URL": server.address,
+                    "SUPABASE_URL": supabase.url,
+                    "SUPABASE_SERVICE_KEY": supabase.key,
+                    "OURVIDZ_STATE_DIR": str(directory / "state"),
+                    "OURVIDZ_WORK_DIR": str(directory / "work"),
+                    "OURVIDZ_DEVICE": scale.device,
+                    **environ,
+                },
+            )
+            try:
+                yield worker
+            finally:
+                worker.stop()
+                client.close()
+                server.close()
+
+    def start(self) -> None:
+        """Start the process."""
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ourvidz_core", "worker", f"--queues={self.queue}", "--no-checks"],
+                env=self.environ,
+                stdout=log,
+                stderr=log,
+            )
+
+    def stop(self) -> None:
+        """End the process and its engine."""
+        if self.process is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.terminate()
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+    def push(self, job_type: str, *, config: dict[str, Any]) -> None:
+        """Queue a job with a prompt of its own."""
+        self._pushed += 1
+        prompt = f"a lighthouse on a rocky coast, wave number {self._pushed}"
+        message = payload(job_type, id=f"job-{self._pushed}", prompt=prompt, config={**config, "seed": self._pushed})
+        self.client.lpush(self.queue, json.dumps(message))
+
+    def wait_for(self, count: int, seconds: float) -> None:
+        """Until ``count`` jobs have ended.
+
+        :raises RuntimeError: one failed, the worker ended or it takes too long; with the end of the log.
+        """
+        deadline = time.monotonic() + seconds
+        while len(self.outcomes()) < count:
+            assert self.process is not None
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{len(self.outcomes())} of {count} jobs ended; the log ends: {self._log_end()}")
+            time.sleep(0.05)
+        failed = [body for body, _ in self.outcomes().values() if body["status"] != "completed"]
+        if failed:
+            raise RuntimeError(f"a job failed: {json.dumps(failed[0])[:600]}")
+
+    def outcomes(self) -> dict[str, tuple[dict[str, Any], float]]:
+        """What was said last of each job that ended, and when."""
+        return {body["job_id"]: (body, at) for body, at in self._callbacks() if body["status"] != "processing"}
+
+    def began(self, skipped: int) -> float:
+        """When the first job after ``skipped`` others began, in seconds since the epoch."""
+        began = {body["job_id"]: at for body, at in reversed(self._callbacks()) if body["status"] == "processing"}
+        return sorted(began.values())[skipped]
+
+    def ended(self) -> float:
+        """When the last job's end was reported."""
+        return max(at for _, at in self.outcomes().values())
+
+    def engine_seconds(self) -> float:
+        """Processor time of the engine so far."""
+        total = 0.0
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self.process.pid if self.process else None).children(recursive=True):
+                times = child.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def _callbacks(self) -> list[tuple[dict[str, Any], float]]:
+        return [(request.json(), request.received_at) for request in list(self.supabase.callbacks)]
+
+    def _log_end(self) -> str:
+        return self.log.read_text("utf-8", "replace")[-1500:] if self.log.exists() else ""
+
+
+class Sampler:
+    """Looks at the first GPU while a block runs, or at the processor where there is none."""
+
+    def __init__(self, processor_seconds: Callable[[], float]) -> None:
+        self._processor_seconds = processor_seconds
+        #: When, and what share of the last moments was busy; without a GPU: the processor time so far.
+        self._samples: list[tuple[float, float]] = []
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="sampler")
+        self._device: Any = None
+        self.peak_gib: float | None = None
+
+    @property
+    def source(self) -> str:
+        """Where the figure comes from."""
+        return "NVML utilisation" if self._device is not None else "the engine's processor time"
+
+    def busy(self, began: float, ended: float) -> float:
+        """The share of the time between two moments, in seconds since the epoch."""
+        within = [(at, value) for at, value in self._samples if began <= at <= ended]
+        if len(within) < 2:
+            raise RuntimeError("too few samples; the jobs ended at once")
+        if self._device is None:
+            return (within[-1][1] - within[0][1]) / (within[-1][0] - within[0][0])
+        return sum(value for _, value in within) / len(within)
+
+    def __enter__(self) -> Self:
+        self._device = _first_gpu()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(SAMPLE_SECONDS):
+            if self._device is None:
+                self._samples.append((time.time(), self._processor_seconds()))
+                continue
+            import pynvml
+
+            busy = pynvml.nvmlDeviceGetUtilizationRates(self._device).gpu
+            self._samples.append((time.time(), busy / 100))
+            self.peak_gib = max(self.peak_gib or 0.0, _used_gib() or 0.0)
+
+
+def _first_gpu() -> Any:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByIndex(0)
+    except pynvml.NVMLError:
+        return None
+
+
+def _used_gib() -> float | None:
+    """Memory in use on the first GPU, by whomever."""
+    import pynvml
+
+    device = _first_gpu()
+    return None if device is None else pynvml.nvmlDeviceGetMemoryInfo(device).used / 2**30
