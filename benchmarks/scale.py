@@ -42,7 +42,7 @@ from ourvidz_core.delivery.callbacks import MaySend, always
 from ourvidz_core.delivery.embedded import EmbeddedRedis
 from ourvidz_core.delivery.redis_queue import RedisQueue
 from ourvidz_core.delivery.references import StubReferences
-from ourvidz_core.engine.host import OnProgress, ignore_progress
+from ourvidz_core.engine.host import OnMoment, OnProgress, ignore_moment, ignore_progress
 from ourvidz_core.errors import JobCancelled
 from ourvidz_core.observe.watch import Subject, watched
 from ourvidz_core.plugins.loading import load_registry
@@ -116,9 +116,12 @@ class LightEngine:
         work_dir: Path,
         timeout_seconds: float,  # noqa: ARG002 - the protocol names it
         on_progress: OnProgress = ignore_progress,
+        on_begun: OnMoment = ignore_moment,
+        on_generated: OnMoment = ignore_moment,  # noqa: ARG002 - the same
         cancelled: threading.Event | None = None,
     ) -> FinishedGeneration:
         """Sleep."""
+        on_begun()
         self._marks.add("start", job.id, time.time())
         for step in range(2):
             on_progress("generate", step, 2)

@@ -30,6 +30,7 @@ error says what happened, to which thing, and what to do now.
     │   │   ├── JobTimeout            the deadline passed
     │   │   ├── EngineStalled         steps were reported, and then none for too long
     │   │   ├── EngineCrashed         the engine process died
+    │   │   │   └── EngineLost           it died of another job
     │   │   └── EngineUnusable        the device is broken until the process restarts
     │   ├── StorageError           an artifact could not be stored
     │   │   ├── AssetRejected         storage will never take it (too large, wrong type)
@@ -223,6 +224,13 @@ class EngineCrashed(GenerationError):
     """The engine process died while it worked on this job."""
 
     is_transient = True
+
+
+class EngineLost(EngineCrashed):
+    """The engine died, or was stopped, because of another job, while the files of this one were written.
+
+    The next try of this one uses no attempt, once.
+    """
 
 
 class EngineUnusable(GenerationError):

@@ -54,7 +54,10 @@ class ScriptedEngine:
     calls: int = 0
     started: threading.Event = attrs.field(factory=threading.Event)
 
-    def run(self, job: Job, *, cancelled: threading.Event, **_: object) -> FinishedGeneration:
+    def run(
+        self, job: Job, *, cancelled: threading.Event, on_begun: Callable[[], None], **_: object
+    ) -> FinishedGeneration:
+        on_begun()
         self.calls += 1
         self.started.set()
         if self.errors:

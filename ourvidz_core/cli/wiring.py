@@ -189,7 +189,7 @@ def make_machine(settings: Settings, registry: Registry) -> Iterator[Machine]:
     engine = EngineProcess(
         registry, environ, start_seconds=settings.engine_start_seconds, stall_seconds=settings.stall_seconds
     )
-    slot = EngineSlot(engine, report=registry.report)
+    slot = EngineSlot(engine, report=registry.report, ahead=1)
     runner = JobRunner(
         registry=registry,
         engine=slot,

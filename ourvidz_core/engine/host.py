@@ -1,43 +1,22 @@
-"""The worker's side of the engine: start it, give it jobs, watch it, end it, start another."""
+"""The worker's side of the engine: start it, give it jobs, watch them, end it, start another."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import re
-import subprocess
-import sys
+import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Pipe
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
-from ourvidz_core.engine.processes import ENGINE_MARK, ending_of, kill_marked, kill_session, last_exception, new_mark
-from ourvidz_core.engine.protocol import (
-    JOB_MARK,
-    CancelJob,
-    Channel,
-    EngineMessage,
-    EngineReady,
-    JobBroken,
-    JobFinished,
-    Progress,
-    RunJob,
-    WarmedUp,
-    WarmUp,
-)
-from ourvidz_core.errors import (
-    EngineCrashed,
-    EngineStalled,
-    EngineUnusable,
-    JobCancelled,
-    JobError,
-    JobTimeout,
-    OutOfMemory,
-)
+from attrs import define, field
+
+from ourvidz_core.engine.child import EngineChild, Request
+from ourvidz_core.engine.protocol import JobBroken, JobFinished, Progress, Reached, RunJob, Stage, WarmedUp, WarmUp
+from ourvidz_core.errors import EngineCrashed, EngineLost, EngineStalled, JobCancelled, JobTimeout
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.wire.artifacts import FinishedGeneration
 from ourvidz_core.wire.jobs import Job
@@ -49,15 +28,21 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 3.0
 #: A cancelled job that did not stop at its next step by then is stopped with its engine.
 CANCEL_SECONDS = 1.0
+#: What a job has at least for its files, however late the device was done with it.
+FINISH_SECONDS = 60.0
 _POLL_SECONDS = 0.1
-_TAIL_LINES = 200
-#: faulthandler's first line; a stack of many lines follows it.
-_FATAL_LINE = re.compile(r"Fatal Python error: ")
+#: Engines that may end because of other jobs before a job that waited in each of them is given up.
+_MOST_ENGINES = 3
 
 OnProgress = Callable[[str, int, int], None]
+OnMoment = Callable[[], None]
 
 
 def ignore_progress(stage: str, step: int, total: int) -> None:
+    """For callers that do not watch."""
+
+
+def ignore_moment() -> None:
     """For callers that do not watch."""
 
 
@@ -76,9 +61,14 @@ class Engine(Protocol):
         work_dir: Path,
         timeout_seconds: float,
         on_progress: OnProgress = ignore_progress,
+        on_begun: OnMoment = ignore_moment,
+        on_generated: OnMoment = ignore_moment,
         cancelled: threading.Event | None = None,
     ) -> FinishedGeneration:
         """Generate ``job``; its artifacts lie in ``work_dir``.
+
+        ``on_begun`` is called when the job gets the device, ``on_generated`` where the device is free of it before
+        its files are written: another job may have it from then on.
 
         :raises JobError: it failed; ``EngineCrashed`` and ``JobTimeout`` among them.
         """
@@ -104,7 +94,11 @@ class Engine(Protocol):
 
 
 class EngineProcess:
-    """An engine in a child process of its own session. One job at a time; not thread-safe."""
+    """An engine in a child process, which is replaced whatever happens to it. Thread-safe.
+
+    Given several jobs at once, it generates one after the other, in the order in which they came, and writes the
+    files of one while it generates the next.
+    """
 
     def __init__(
         self,
@@ -115,13 +109,11 @@ class EngineProcess:
         stall_seconds: float = math.inf,
     ) -> None:
         self._registry = registry
-        self._mark = new_mark()
-        self._environ = {**environ, ENGINE_MARK: self._mark}
+        self._environ = dict(environ)
         self._start_seconds = start_seconds
         self._stall_seconds = stall_seconds
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
-        self._log: _EngineLog | None = None
+        self._child: EngineChild | None = None
+        self._starting = threading.Lock()
         self._is_starting = False
         self._is_warming = False
         self._has_failed = False
@@ -129,17 +121,17 @@ class EngineProcess:
     @property
     def state(self) -> EngineState:
         """See :attr:`Engine.state`."""
-        process = self._process  # another thread may end it meanwhile
         if self._is_starting:
             return EngineState.STARTING
-        if process is not None and process.poll() is None:
+        if self.pid is not None:
             return EngineState.WARMING if self._is_warming else EngineState.READY
         return EngineState.FAILED if self._has_failed else EngineState.STOPPED
 
     @property
     def pid(self) -> int | None:
         """The engine's process id while it runs."""
-        return self._process.pid if self._process and self._process.poll() is None else None
+        child = self._child  # another thread may end it meanwhile
+        return child.pid if child is not None else None
 
     def start(self, cancelled: threading.Event | None = None) -> None:
         """Start the engine and wait until its plugins are loaded. Does nothing while it runs.
@@ -147,53 +139,7 @@ class EngineProcess:
         :raises EngineCrashed: it ended, or did not get ready in time; says how its log ends.
         :raises JobCancelled: ``cancelled`` was set meanwhile.
         """
-        if self.pid is not None and self._is_listening():
-            return
-        self.close()
-        self._is_starting, self._has_failed = True, True
-        try:
-            self._launch(cancelled)
-            self._has_failed = False
-        except JobCancelled:
-            self._has_failed = False
-            raise
-        finally:
-            self._is_starting = False
-
-    def _launch(self, cancelled: threading.Event | None) -> None:
-        ours, theirs = Pipe()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "ourvidz_core.engine.server", str(theirs.fileno())],
-                env=self._environ,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        finally:
-            theirs.close()
-        assert self._process.stderr is not None
-        self._log = _EngineLog(self._process.stderr)
-        self._channel = Channel(ours, self._registry)
-        deadline = time.monotonic() + self._start_seconds
-        try:
-            while (ready := self._receive()) is None:
-                if cancelled is not None and cancelled.is_set():
-                    self.close()
-                    raise JobCancelled("the job was cancelled while its engine started")
-                if time.monotonic() >= deadline:
-                    self.close()
-                    raise EngineCrashed(f"the engine was not ready after {self._start_seconds:g} s: {self._log.end()}")
-        except _EngineGone:
-            raise self._crashed("while it started") from None
-        assert isinstance(ready, EngineReady)
-        loaded = {record.distribution for record in self._registry.records if record.status == "loaded"}
-        if missing := loaded - set(ready.plugins):
-            self.close()
-            raise EngineCrashed(f"the engine could not load {', '.join(sorted(missing))}: {self._log.end()}")
-        logger.info("engine %s is ready", self._process.pid)
+        self._running(cancelled or threading.Event())
 
     def run(
         self,
@@ -202,14 +148,25 @@ class EngineProcess:
         work_dir: Path,
         timeout_seconds: float,
         on_progress: OnProgress = ignore_progress,
+        on_begun: OnMoment = ignore_moment,
+        on_generated: OnMoment = ignore_moment,
         cancelled: threading.Event | None = None,
     ) -> FinishedGeneration:
         """Generate ``job``; see :meth:`Engine.run`. Starts the engine where none runs."""
-        self.start(cancelled)
-        assert self._log is not None
-        self._log.expect(job)
-        request = RunJob(job=job, work_dir=work_dir, timeout_seconds=timeout_seconds)
-        answer = self._ask(request, on_progress, cancelled, f"while it worked on {job.job_type}")
+        watch = _Watch(
+            timeout_seconds=timeout_seconds,
+            stall_seconds=self._stall_seconds,
+            on_progress=on_progress,
+            on_begun=on_begun,
+            on_generated=on_generated,
+            cancelled=cancelled or threading.Event(),
+        )
+        answer = self._ask(
+            lambda number: RunJob(request=number, job=job, work_dir=work_dir, timeout_seconds=timeout_seconds),
+            watch,
+            subject=f"it worked on {job.job_type}",
+            job=job,
+        )
         assert isinstance(answer, JobFinished)
         return answer.finished
 
@@ -225,152 +182,158 @@ class EngineProcess:
         self.start(cancelled)
         self._is_warming = True
         try:
-            request = WarmUp(distribution=distribution, job_types=tuple(job_types), timeout_seconds=timeout_seconds)
-            self._ask(request, ignore_progress, cancelled, f"while {distribution} warmed up")
+            self._ask(
+                lambda number: WarmUp(
+                    request=number,
+                    distribution=distribution,
+                    job_types=tuple(job_types),
+                    timeout_seconds=timeout_seconds,
+                ),
+                _Watch(
+                    timeout_seconds=timeout_seconds,
+                    stall_seconds=self._stall_seconds,
+                    cancelled=cancelled or threading.Event(),
+                ),
+                subject=f"{distribution} warmed up",
+            )
         finally:
             self._is_warming = False
 
-    def _ask(
-        self, request: RunJob | WarmUp, on_progress: OnProgress, cancelled: threading.Event | None, when: str
-    ) -> JobFinished | WarmedUp:
-        answer: JobFinished | WarmedUp | JobBroken | None = None
-        try:
-            answer = self._answer(request, on_progress, cancelled or threading.Event())
-        except _EngineGone:
-            raise self._crashed(when) from None
-        finally:
-            if answer is None:  # it still works on this job, and what it says of it must not reach the next one
-                self.close()
-        if isinstance(answer, JobBroken):
-            if isinstance(answer.error, EngineUnusable | OutOfMemory):
-                self.close()  # what the device still holds goes with the process
-            raise answer.error
-        return answer
-
-    def _answer(
-        self, request: RunJob | WarmUp, on_progress: OnProgress, cancelled: threading.Event
-    ) -> JobFinished | WarmedUp | JobBroken:
-        deadline = time.monotonic() + request.timeout_seconds + GRACE_SECONDS
-        cancel_deadline: float | None = None
-        # Loading a model takes its time in silence, which only the deadline limits; whoever counts steps goes on.
-        stall_deadline = math.inf
-        self._send(request)
-        while True:
-            match self._receive():
-                case JobFinished() | WarmedUp() | JobBroken() as answer:
-                    return answer
-                case Progress(stage=stage, step=step, total=total):
-                    on_progress(stage, step, total)
-                    stall_deadline = time.monotonic() + self._stall_seconds
-            now = time.monotonic()
-            if cancelled.is_set() and cancel_deadline is None:
-                cancel_deadline = now + CANCEL_SECONDS
-                self._send(CancelJob())
-            if cancel_deadline is not None and now >= cancel_deadline:
-                raise JobCancelled("the job was cancelled while it was running; its engine was stopped")
-            if now >= stall_deadline:
-                raise EngineStalled(
-                    f"the job reported no step for {self._stall_seconds:g} s after it had begun; its engine was killed"
-                )
-            if now >= deadline:
-                raise JobTimeout(
-                    f"the job was still running after {request.timeout_seconds:g} s and did not stop;"
-                    " its engine was killed"
-                )
-
-    def _is_listening(self) -> bool:
-        """Whether the pipe is open. What came since the last job ended is nobody's, and is dropped."""
-        assert self._channel is not None
-        try:
-            while self._channel.poll(0):
-                self._channel.receive()
-        except (EOFError, OSError, JobError):
-            return False
-        return True
-
-    def _send(self, message: EngineMessage) -> None:
-        assert self._channel is not None
-        try:
-            self._channel.send(message)
-        except OSError:
-            raise _EngineGone from None
-
-    def _receive(self) -> EngineMessage | None:
-        """The next message, or None where none comes for a moment."""
-        assert self._channel is not None
-        try:
-            if self._channel.poll(_POLL_SECONDS):
-                return self._channel.receive()
-        except (EOFError, OSError):
-            raise _EngineGone from None
-        # A child that the engine forked may hold the pipe open after the engine's death.
-        if self.pid is None and not self._channel.poll(0):
-            raise _EngineGone
-        return None
-
     def close(self) -> None:
         """Kill the engine with everything it started, if it is there."""
-        process, self._process = self._process, None
-        if process is not None:
-            kill_session(process.pid)
-            process.wait()
-            kill_marked(ENGINE_MARK, self._mark)  # what left the session
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-        if self._log is not None:
-            self._log.close()
+        child = self._child
+        if child is not None:
+            child.kill()
 
-    def _crashed(self, when: str) -> EngineCrashed:
-        assert self._process is not None
-        assert self._log is not None
-        process, log = self._process, self._log
+    def _ask(
+        self, make: Callable[[int], RunJob | WarmUp], watch: _Watch, *, subject: str, job: Job | None = None
+    ) -> JobFinished | WarmedUp:
+        for _ in range(_MOST_ENGINES):
+            child = self._running(watch.cancelled)
+            request = child.ask(make, subject=subject, job=job)
+            try:
+                answer = watch.follow(child, request)
+            finally:
+                child.leave(request)
+            if answer is not None:
+                return answer
+        raise EngineLost(f"{_MOST_ENGINES} engines ended before this job had its turn; it is tried again")
+
+    def _running(self, cancelled: threading.Event) -> EngineChild:
+        with self._alone(cancelled):
+            child = self._child
+            if child is not None:
+                if child.is_open:
+                    return child
+                child.end()
+            self._is_starting, self._has_failed = True, True
+            try:
+                self._child = child = EngineChild(self._registry, self._environ)
+                self._wait_until_ready(child, cancelled)
+                self._has_failed = False
+            except JobCancelled:
+                self._has_failed = False
+                raise
+            finally:
+                self._is_starting = False
+            return child
+
+    @contextlib.contextmanager
+    def _alone(self, cancelled: threading.Event) -> Iterator[None]:
+        """One job starts the engine; others wait for it, but not when they are cancelled."""
+        while not self._starting.acquire(timeout=_POLL_SECONDS):
+            if cancelled.is_set():
+                raise JobCancelled("the job was cancelled while its engine started")
         try:
-            # The pipe closes a moment before the process is gone.
-            returncode = process.wait(timeout=2.0)
-            ending = ending_of(returncode)
-        except subprocess.TimeoutExpired:
-            ending = "its pipe closed"
-        self.close()
-        return EngineCrashed(f"the engine died {when} ({ending}): {log.end()}", details={"engine_ending": ending})
+            yield
+        finally:
+            self._starting.release()
+
+    def _wait_until_ready(self, child: EngineChild, cancelled: threading.Event) -> None:
+        deadline = time.monotonic() + self._start_seconds
+        while (ready := child.take_ready(_POLL_SECONDS)) is None:
+            if cancelled.is_set():
+                child.kill()
+                raise JobCancelled("the job was cancelled while its engine started")
+            if time.monotonic() >= deadline:
+                child.kill()
+                raise EngineCrashed(f"the engine was not ready after {self._start_seconds:g} s: {child.log_end()}")
+        loaded = {record.distribution for record in self._registry.records if record.status == "loaded"}
+        if missing := loaded - set(ready.plugins):
+            child.kill()
+            raise EngineCrashed(f"the engine could not load {', '.join(sorted(missing))}: {child.log_end()}")
+        logger.info("engine %s is ready", child.pid)
 
 
-class _EngineGone(Exception):
-    """The engine's end of the pipe, or the engine itself, is no more."""
+@define(kw_only=True)
+class _Watch:
+    """What a caller waits for, and until when."""
 
+    timeout_seconds: float
+    stall_seconds: float
+    on_progress: OnProgress = ignore_progress
+    on_begun: OnMoment = ignore_moment
+    on_generated: OnMoment = ignore_moment
+    cancelled: threading.Event
+    #: Nobody knows how long the jobs before it take.
+    _deadline: float = field(default=math.inf, init=False)
+    #: Loading a model takes its time in silence, which only the deadline limits; whoever counts steps goes on.
+    _stall_deadline: float = field(default=math.inf, init=False)
+    _cancel_deadline: float = field(default=math.inf, init=False)
 
-class _EngineLog:
-    """Passes the engine's stderr on to our log and keeps its end for error messages."""
+    def follow(self, child: EngineChild, request: Request) -> JobFinished | WarmedUp | None:
+        """The answer to ``request``, or None where ``child`` ended before it had begun with it.
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._lines: deque[str] = deque(maxlen=_TAIL_LINES)
-        self._job: dict[str, str] = {}
-        self._next_job: dict[str, str] = {}
-        self._thread = threading.Thread(target=self._drain, name="engine-log", daemon=True)
-        self._thread.start()
+        :raises JobError: it failed, or took longer than it may.
+        """
+        while True:
+            with contextlib.suppress(queue.Empty):
+                match request.inbox.get(timeout=_POLL_SECONDS):
+                    case None:
+                        return None
+                    case JobFinished() | WarmedUp() as answer:
+                        return answer
+                    case JobBroken(error=error):
+                        raise error
+                    case Progress(stage=stage, step=step, total=total):
+                        self.on_progress(stage, step, total)
+                        self._stall_deadline = time.monotonic() + self.stall_seconds
+                    case Reached(stage=stage):
+                        self._note(stage)
+            if self.cancelled.is_set() and self._cancel_deadline == math.inf:
+                self._cancel_deadline = time.monotonic() + CANCEL_SECONDS
+                child.cancel(request)
+            self._stop_if_late(child, request)
 
-    def expect(self, job: Job) -> None:
-        """What follows the next mark is of ``job``."""
-        self._next_job = {"job_id": job.id, "job_type": job.job_type}
+    def _note(self, stage: Stage) -> None:
+        now = time.monotonic()
+        self._stall_deadline = math.inf
+        if self.cancelled.is_set() and self._cancel_deadline < math.inf:
+            self._cancel_deadline = now + CANCEL_SECONDS
+        match stage:
+            case Stage.GENERATING:
+                self._deadline = now + self.timeout_seconds + GRACE_SECONDS
+                self.on_begun()
+            case Stage.FINISHING:
+                self._deadline = max(self._deadline, now + FINISH_SECONDS)
+                self.on_generated()
+            case Stage.UNREVIEWED:
+                self._deadline = math.inf
+            case Stage.REVIEWING:
+                self._deadline = now + self.timeout_seconds + GRACE_SECONDS
 
-    def end(self) -> str:
-        """The line that says most about the end: a fatal error, an exception's message, else the last one."""
-        self._thread.join(timeout=0.5)
-        lines = [line for line in list(self._lines) if line.strip()]
-        fatal = next((line for line in reversed(lines) if _FATAL_LINE.match(line)), None)
-        return fatal or last_exception(lines) or (lines[-1] if lines else "it logged nothing")
-
-    def close(self) -> None:
-        self._thread.join(timeout=1.0)
-
-    def _drain(self) -> None:
-        with self._stream:
-            while line := self._stream.readline(8192):
-                text = line.decode("utf-8", "replace").rstrip()
-                if text == JOB_MARK:
-                    self._lines.clear()  # what earlier jobs logged does not explain what becomes of this one
-                    self._job = self._next_job
-                    continue
-                self._lines.append(text)
-                logger.debug("engine: %s", text, extra=self._job)
+    def _stop_if_late(self, child: EngineChild, request: Request) -> None:
+        now = time.monotonic()
+        # Where it waits, it leaves the line at once.
+        if now >= self._cancel_deadline and request.stage is not Stage.WAITING:
+            raise JobCancelled("the job was cancelled while it was running, and was stopped")
+        if now >= self._stall_deadline and request.stage is Stage.GENERATING:
+            raise EngineStalled(
+                f"the job reported no step for {self.stall_seconds:g} s after it had begun; its engine was killed"
+            )
+        if now >= self._deadline:
+            if not request.stage.has_device:
+                child.retire()  # a thread that hangs ends with its engine only
+            raise JobTimeout(
+                f"the job was still running after {self.timeout_seconds:g} s and did not stop; its engine was killed"
+            )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ourvidz_core.engine.context import EngineContext
-from ourvidz_core.engine.host import OnProgress, ignore_progress
+from ourvidz_core.engine.host import OnMoment, OnProgress, ignore_moment, ignore_progress
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.perform import perform, warm_up
 from ourvidz_core.plugins.registry import Registry
@@ -38,9 +38,12 @@ class LocalEngine:
         work_dir: Path,
         timeout_seconds: float,
         on_progress: OnProgress = ignore_progress,
+        on_begun: OnMoment = ignore_moment,
+        on_generated: OnMoment = ignore_moment,  # noqa: ARG002 - it has no next job to give the device to
         cancelled: threading.Event | None = None,
     ) -> FinishedGeneration:
         """Generate ``job`` here and now; see :meth:`~ourvidz_core.engine.host.Engine.run`."""
+        on_begun()
         context = EngineContext(
             work_dir=work_dir,
             models=self._models,

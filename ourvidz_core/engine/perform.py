@@ -1,6 +1,6 @@
 """The part of a job's walk that happens beside the device: prepare, command, generate, finish, check, review.
 
-The first three have the device; what comes after :func:`generate` may happen beside the next job.
+:func:`generate` and :func:`review` have the device; :func:`finish` may happen beside the next job.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from attrs import frozen
 
 from ourvidz_core.engine.checks import check_artifact
 from ourvidz_core.engine.context import EngineContext
+from ourvidz_core.engine.device_memory import forget_peak, peak_bytes
 from ourvidz_core.errors import ArtifactError, DiskFull, EngineUnusable, HookFailed, JobError, OutOfMemory
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.redaction import redact
@@ -45,14 +46,16 @@ def perform(registry: Registry, job: Job, context: EngineContext) -> FinishedGen
     :raises PolicyRefused: a plugin does not let it pass.
     :raises JobError: the hooks failed, or an artifact is not what it should be.
     """
-    return finish(registry, generate(registry, job, context), context)
+    finished = finish(registry, generate(registry, job, context), context)
+    review(registry, finished, context)
+    return finished
 
 
 def generate(registry: Registry, job: Job, context: EngineContext) -> Generated:
     """The part of :func:`perform` that has the device."""
     owned = registry.get(job.job_type)
     started = time.monotonic()
-    _forget_peak()
+    forget_peak()
     with _in_our_words():
         prepared = owned.prepare_job(job, context)
         if prepared != job:
@@ -65,9 +68,9 @@ def generate(registry: Registry, job: Job, context: EngineContext) -> Generated:
 
 
 def finish(registry: Registry, generated: Generated, context: EngineContext) -> FinishedGeneration:
-    """The rest of :func:`perform`: it may run in another thread, beside the next job's :func:`generate`.
+    """Write the files, where that is still to be done, and check them. Needs no device.
 
-    Reviews may use the device: a job whose artifacts are reviewed keeps it until then.
+    May run in another thread, beside the next job's :func:`generate`.
     """
     job, owned = generated.job, registry.get(generated.job.job_type)
     started = time.monotonic()
@@ -80,15 +83,23 @@ def finish(registry: Registry, generated: Generated, context: EngineContext) -> 
         artifacts.append(_checked(artifact, context, owned.job_type.media_type))
     if job.asset_count is not None and len(artifacts) != job.asset_count:
         raise ArtifactError(f"{job.asset_count} files were asked for and {owned.distribution} made {len(artifacts)}")
-    with _in_our_words():
-        for artifact in artifacts:
-            owned.review_artifact(job, artifact, context)
     return FinishedGeneration(
         job=job,
         generation=attrs.evolve(generation, artifacts=tuple(artifacts)),
         seconds=seconds,
         device_facts=generated.device_facts,
     )
+
+
+def review(registry: Registry, finished: FinishedGeneration, context: EngineContext) -> None:
+    """Ask whether the artifacts may be stored. Whoever answers may use the device.
+
+    :raises PolicyRefused: somebody refuses one.
+    """
+    owned = registry.get(finished.job.job_type)
+    with _in_our_words(), redact.without_prompts(*finished.job.texts):
+        for artifact in finished.generation.artifacts:
+            owned.review_artifact(finished.job, artifact, context)
 
 
 def warm_up(registry: Registry, distribution: str, job_types: Sequence[str], context: EngineContext) -> None:
@@ -139,18 +150,12 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _forget_peak() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
 def _device_facts() -> Mapping[str, Any]:
     """The most device memory that was in use at once, in GiB; nothing without a GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return {}
-    used = torch.cuda.max_memory_allocated() / 2**30
+    used = peak_bytes() / 2**30
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
     return {
         "vram_used_gb": round(used, 3),

@@ -1,6 +1,8 @@
 """What the worker and its engine say to each other: JSON over a private pipe.
 
-The engine's standard output stays free for whatever plugins print.
+An engine has several requests at once: one that has the device, the next, which waits for it, and those whose
+files are being written. Each message says of which it is. The engine's standard output stays free for whatever
+plugins print.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Set
+from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,38 @@ from ourvidz_core.wire.payloads import converter, faults_of
 
 #: A result names its files; it does not carry them.
 MAX_MESSAGE_BYTES = 16_000_000
-#: A line of the engine's stderr: what follows is of a new job. Said there because only there the order is sure.
-JOB_MARK = "--- ourvidz: a job begins ---"
+#: A line of the engine's stderr: what follows is of the job of the request whose number ends the line. Said there
+#: because only there the order is sure.
+JOB_MARK = "--- ourvidz: a job begins: "
+
+
+class Stage(StrEnum):
+    """How far an engine has come with a request, in this order."""
+
+    #: The device is another's.
+    WAITING = "waiting"
+    #: It has the device.
+    GENERATING = "generating"
+    #: The device is free of it; its files are written and checked.
+    FINISHING = "finishing"
+    #: Whoever reviews its files may use the device, and waits for it.
+    UNREVIEWED = "unreviewed"
+    #: It has the device once more.
+    REVIEWING = "reviewing"
+    #: It was answered.
+    DONE = "done"
+
+    @property
+    def has_device(self) -> bool:
+        """Whether it, and nobody else, uses the device."""
+        return self in (Stage.GENERATING, Stage.REVIEWING)
 
 
 @frozen(kw_only=True)
 class RunJob:
-    """Worker to engine: generate this job in this directory within this time."""
+    """Worker to engine: generate this job in this directory within this time, once the device is free."""
 
+    request: int
     job: Job
     work_dir: Path
     timeout_seconds: float
@@ -40,13 +67,16 @@ class RunJob:
 
 @frozen(kw_only=True)
 class CancelJob:
-    """Worker to engine: stop the job at its next step."""
+    """Worker to engine: stop the job at its next step, or at once where it waits."""
+
+    request: int
 
 
 @frozen(kw_only=True)
 class WarmUp:
     """Worker to engine: have this plugin make ready what these job types need, within this time."""
 
+    request: int
     distribution: str
     job_types: tuple[str, ...]
     timeout_seconds: float
@@ -55,6 +85,8 @@ class WarmUp:
 @frozen(kw_only=True)
 class WarmedUp:
     """Engine to worker: it is ready."""
+
+    request: int
 
 
 @frozen(kw_only=True)
@@ -65,9 +97,18 @@ class EngineReady:
 
 
 @frozen(kw_only=True)
+class Reached:
+    """Engine to worker: a request is at its next stage."""
+
+    request: int
+    stage: Stage
+
+
+@frozen(kw_only=True)
 class Progress:
     """Engine to worker: a step is done."""
 
+    request: int
     stage: str
     step: int
     total: int
@@ -77,6 +118,7 @@ class Progress:
 class JobFinished:
     """Engine to worker: the artifacts are in the work directory."""
 
+    request: int
     finished: FinishedGeneration
 
 
@@ -84,12 +126,14 @@ class JobFinished:
 class JobBroken:
     """Engine to worker: the generation, or the warm-up, failed."""
 
+    request: int
     error: JobError
 
 
-EngineMessage = RunJob | CancelJob | WarmUp | WarmedUp | EngineReady | Progress | JobFinished | JobBroken
+EngineMessage = RunJob | CancelJob | WarmUp | WarmedUp | EngineReady | Reached | Progress | JobFinished | JobBroken
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (RunJob, CancelJob, WarmUp, WarmedUp, EngineReady, Progress, JobFinished, JobBroken)
+    kind.__name__: kind
+    for kind in (RunJob, CancelJob, WarmUp, WarmedUp, EngineReady, Reached, Progress, JobFinished, JobBroken)
 }
 
 
@@ -106,12 +150,14 @@ class Channel:
         match message:
             case RunJob():
                 body = {
+                    "request": message.request,
                     "job": encode_job(message.job),
                     "work_dir": str(message.work_dir),
                     "timeout_seconds": message.timeout_seconds,
                 }
             case JobFinished(finished=finished):
                 body = {
+                    "request": message.request,
                     "job": encode_job(finished.job),
                     "generation": {
                         "artifacts": converter.unstructure(finished.generation.artifacts),
@@ -121,7 +167,7 @@ class Channel:
                     "device_facts": dict(finished.device_facts),
                 }
             case JobBroken(error=error):
-                body = encode_error(error)
+                body = {"request": message.request, **encode_error(error)}
             case _:
                 body = converter.unstructure(message)
         text = json.dumps({"kind": type(message).__name__, **body}, default=_plain)
@@ -131,22 +177,34 @@ class Channel:
     def receive(self) -> EngineMessage:
         """Read one message; ``EOFError`` or ``OSError`` says that the other end is gone.
 
-        :raises HookFailed: a plugin put a value into it that its place does not take, or wrote it itself.
+        One that names its request and cannot be read otherwise, because a plugin put a value into it that its
+        place does not take, is the failure of that request.
+
+        :raises HookFailed: it cannot be read at all: a plugin wrote it itself.
         """
         raw = self._connection.recv_bytes(MAX_MESSAGE_BYTES)
+        request = None
         try:
-            return self._decode(json.loads(raw))
+            body = json.loads(raw)
+            request = body["request"] if "request" in body and type(body["request"]) is int else None
+            return self._decode(body)
         except BaseValidationError as error:
             faults = "; ".join(str(fault) for fault in faults_of(error))
-            raise HookFailed(f"a plugin changed a job or made a result that cannot be read: {faults}") from error
+            failure = HookFailed(f"a plugin changed a job or made a result that cannot be read: {faults}")
+            cause: Exception = error
         # Plugins run beside the other end of the pipe, and can write anything into it.
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise HookFailed(f"a message came that is none of ours ({type(error).__name__})") from error
+            failure = HookFailed(f"a message came that is none of ours ({type(error).__name__})")
+            cause = error
+        if request is None:
+            raise failure from cause
+        return JobBroken(request=request, error=failure)
 
     def _decode(self, body: dict[str, Any]) -> EngineMessage:
         kind = _KINDS[body.pop("kind")]
         if kind is RunJob:
             return RunJob(
+                request=body["request"],
                 job=decode_job(body["job"], self._registry),
                 work_dir=Path(body["work_dir"]),
                 timeout_seconds=body["timeout_seconds"],
@@ -158,9 +216,9 @@ class Channel:
                 seconds=body["seconds"],
                 device_facts=body["device_facts"],
             )
-            return JobFinished(finished=finished)
+            return JobFinished(request=body["request"], finished=finished)
         if kind is JobBroken:
-            return JobBroken(error=decode_error(body))
+            return JobBroken(request=body["request"], error=decode_error(body))
         message: EngineMessage = converter.structure(body, kind)
         return message
 

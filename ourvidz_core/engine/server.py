@@ -1,4 +1,7 @@
-"""The engine process: loads the plugins, keeps models warm, works on one job at a time.
+"""The engine process: loads the plugins, keeps models warm, gives the device to one job at a time.
+
+The next job waits here, so that the device goes from one to the other at once. Files are written and checked in
+threads beside it; what uses the device does not leave the main one.
 
 Started by ``engine.host`` with one end of a pipe. It dies with the worker: when the
 pipe closes, nothing of it is left.
@@ -6,21 +9,25 @@ pipe closes, nothing of it is left.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
-import queue
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+from attrs import frozen
 
 from ourvidz_core.engine.compilation import keep_kernels
 from ourvidz_core.engine.context import EngineContext
 from ourvidz_core.engine.models import ModelCache
-from ourvidz_core.engine.perform import perform, warm_up
+from ourvidz_core.engine.perform import Generated, finish, generate, review, warm_up
 from ourvidz_core.engine.processes import ENGINE_MARK, kill_marked, kill_session
 from ourvidz_core.engine.protocol import (
     JOB_MARK,
@@ -30,34 +37,42 @@ from ourvidz_core.engine.protocol import (
     JobBroken,
     JobFinished,
     Progress,
+    Reached,
     RunJob,
+    Stage,
     WarmedUp,
     WarmUp,
 )
-from ourvidz_core.errors import GenerationError, InternalError, JobError
+from ourvidz_core.errors import EngineUnusable, InternalError, JobCancelled, JobError, OutOfMemory
 from ourvidz_core.logs import job_context, set_up
 from ourvidz_core.plugins.loading import load_registry
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.redaction import redact
 from ourvidz_core.settings import Settings, load
+from ourvidz_core.wire.artifacts import FinishedGeneration
 
 logger = logging.getLogger(__name__)
 
 #: A progress bar does not move faster than this, and a step may take a millisecond.
 _PROGRESS_SECONDS = 0.1
+#: The thread with the device lets go of the interpreter at each call into torch, and would get it back from one that
+#: writes files after Python's default of 5 ms only.
+_SWITCH_SECONDS = 0.0005
 
 
 class EngineServer:
-    """The loop of the engine process."""
+    """The loop of the engine process. Whatever has the device runs in the thread that serves, and nowhere else."""
 
     def __init__(self, connection: Connection, settings: Settings, registry: Registry) -> None:
         self._channel = Channel(connection, registry)
         self._settings = settings
         self._registry = registry
-        self._models = ModelCache(settings.vram_budget_gb)
-        self._jobs: queue.SimpleQueue[RunJob | WarmUp] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
-        self._progress_said: tuple[float, tuple[str, int, int]] = (0.0, ("", 0, 0))
+        self._models = ModelCache.of(settings)
+        self._line: deque[RunJob | WarmUp | _Finished] = deque()
+        self._cancelled: dict[int, threading.Event] = {}
+        self._changed = threading.Condition()
+        #: The device is broken, or full: the worker will replace this engine once others are done with their files.
+        self._is_spent = False
 
     def serve(self) -> None:
         """Work until the worker goes away."""
@@ -65,52 +80,102 @@ class EngineServer:
         loaded = tuple(record.distribution for record in self._registry.records if record.status == "loaded")
         self._channel.send(EngineReady(plugins=loaded))
         while True:
-            match self._jobs.get():
+            match self._take():
                 case RunJob() as request:
-                    self._channel.send(self._work(request))
+                    self._generate(request)
                 case WarmUp() as request:
-                    self._channel.send(self._warm_up(request))
+                    self._warm_up(request)
+                case _Finished() as finished:
+                    self._review(finished)
 
-    def _warm_up(self, request: WarmUp) -> WarmedUp | JobBroken:
-        with tempfile.TemporaryDirectory() as directory:
-            context = self._context(Path(directory), request.timeout_seconds)
-            try:
-                warm_up(self._registry, request.distribution, request.job_types, context)
-            except JobError as error:
-                logger.info("%s could not warm up", request.distribution, exc_info=error)
-                return JobBroken(error=error)
-            except Exception as error:  # a fault of ours must not end the engine
-                logger.exception("the warm-up of %s failed in the engine itself", request.distribution)
-                return JobBroken(error=InternalError(f"the engine failed: {type(error).__name__}: {error}"))
-        return WarmedUp()
+    def _take(self) -> RunJob | WarmUp | _Finished:
+        with self._changed:
+            self._changed.wait_for(lambda: self._line and not self._is_spent)
+            return self._line.popleft()
 
-    def _context(self, work_dir: Path, timeout_seconds: float) -> EngineContext:
+    # -- with the device
+
+    def _generate(self, request: RunJob) -> None:
+        sys.stderr.write(f"\n{JOB_MARK}{request.request}\n")  # a plugin may have left half a line
+        sys.stderr.flush()
+        self._channel.send(Reached(request=request.request, stage=Stage.GENERATING))
+        context = self._context(request, request.work_dir)
+        with self._answering_for(request):
+            context.stop_if_cancelled()
+            generated = generate(self._registry, request.job, context)
+            self._channel.send(Reached(request=request.request, stage=Stage.FINISHING))
+            threading.Thread(
+                target=self._finish, args=[request, generated, context], name="engine-finish", daemon=True
+            ).start()
+
+    def _review(self, finished: _Finished) -> None:
+        request = finished.request
+        self._channel.send(Reached(request=request.request, stage=Stage.REVIEWING))
+        with self._answering_for(request):
+            finished.context.stop_if_cancelled()
+            review(self._registry, finished.finished, finished.context)
+            self._answer(JobFinished(request=request.request, finished=finished.finished))
+
+    def _warm_up(self, request: WarmUp) -> None:
+        self._channel.send(Reached(request=request.request, stage=Stage.GENERATING))
+        with tempfile.TemporaryDirectory() as directory, self._answering_for(request):
+            context = self._context(request, Path(directory))
+            warm_up(self._registry, request.distribution, request.job_types, context)
+            self._answer(WarmedUp(request=request.request))
+
+    # -- beside the next job
+
+    def _finish(self, request: RunJob, generated: Generated, context: EngineContext) -> None:
+        with self._answering_for(request):
+            finished = finish(self._registry, generated, context)
+            if not self._registry.get(request.job.job_type).is_reviewed:
+                self._answer(JobFinished(request=request.request, finished=finished))
+                return
+            self._channel.send(Reached(request=request.request, stage=Stage.UNREVIEWED))
+            with self._changed:
+                # It has been waited for longer than what is in line.
+                self._line.appendleft(_Finished(request=request, finished=finished, context=context))
+                self._changed.notify_all()
+
+    # -- either way
+
+    def _context(self, request: RunJob | WarmUp, work_dir: Path) -> EngineContext:
         return EngineContext(
             work_dir=work_dir,
             models=self._models,
-            timeout_seconds=timeout_seconds,
+            timeout_seconds=request.timeout_seconds,
             device=self._settings.device,
-            on_progress=self._say_progress,
-            cancelled=self._cancelled,
+            on_progress=_ProgressTeller(self._channel, request.request),
+            cancelled=self._cancelled[request.request],
             previews=self._settings.previews,
         )
 
-    def _work(self, request: RunJob) -> JobFinished | JobBroken:
-        sys.stderr.write(f"\n{JOB_MARK}\n")  # a plugin may have left half a line
-        sys.stderr.flush()
-        context = self._context(request.work_dir, request.timeout_seconds)
-        with job_context(request.job.id, request.job.job_type), redact.without_prompts(*request.job.texts):
-            return self._answer(request, context)
+    @contextlib.contextmanager
+    def _answering_for(self, request: RunJob | WarmUp) -> Iterator[None]:
+        """What goes wrong within the block is the request's answer."""
+        subject, job_type, texts = _subject_of(request)
+        with job_context(subject, job_type), redact.without_prompts(*texts):
+            try:
+                yield
+            except JobError as error:
+                logger.info("%s (%s) failed", subject, job_type, exc_info=error)
+                self._break(request, error)
+            except Exception as error:  # a fault of ours must not end the engine
+                logger.exception("%s (%s) failed in the engine itself", subject, job_type)
+                self._break(request, InternalError(f"the engine failed: {type(error).__name__}: {error}"))
 
-    def _answer(self, request: RunJob, context: EngineContext) -> JobFinished | JobBroken:
-        try:
-            return JobFinished(finished=perform(self._registry, request.job, context))
-        except JobError as error:
-            logger.info("job %s (%s) failed", request.job.id, request.job.job_type, exc_info=error)
-            return JobBroken(error=error)
-        except Exception as error:  # a fault of ours must not end the engine
-            logger.exception("job %s (%s) failed in the engine itself", request.job.id, request.job.job_type)
-            return JobBroken(error=InternalError(f"the engine failed: {type(error).__name__}: {error}"))
+    def _break(self, request: RunJob | WarmUp, error: JobError) -> None:
+        if isinstance(error, EngineUnusable | OutOfMemory):
+            with self._changed:
+                self._is_spent = True
+        self._answer(JobBroken(request=request.request, error=error))
+
+    def _answer(self, message: JobFinished | WarmedUp | JobBroken) -> None:
+        with self._changed:
+            self._cancelled.pop(message.request, None)
+        self._channel.send(message)
+
+    # -- what the worker says
 
     def _listen(self) -> None:
         while True:
@@ -118,25 +183,62 @@ class EngineServer:
                 message = self._channel.receive()
             except (EOFError, OSError):
                 _end()
-            except JobError as error:
-                self._channel.send(JobBroken(error=error))
-            except Exception as error:  # a deaf engine would neither stop a job nor see the worker go
+            except Exception:  # a deaf engine would neither stop a job nor see the worker go
                 logger.exception("a message of the worker could not be read")
-                self._channel.send(JobBroken(error=GenerationError(f"the engine could not read a job: {error}")))
             else:
                 match message:
                     case RunJob() | WarmUp():
-                        self._cancelled.clear()
-                        self._jobs.put(message)
-                    case CancelJob():
-                        self._cancelled.set()
+                        with self._changed:
+                            self._cancelled[message.request] = threading.Event()
+                            self._line.append(message)
+                            self._changed.notify_all()
+                    case CancelJob(request=number):
+                        self._cancel(number)
+                    case JobBroken():  # a job that cannot be read
+                        self._channel.send(message)
 
-    def _say_progress(self, stage: str, step: int, total: int) -> None:
+    def _cancel(self, number: int) -> None:
+        with self._changed:
+            if number in self._cancelled:
+                self._cancelled[number].set()
+            waiting = [entry for entry in self._line if not isinstance(entry, _Finished) and entry.request == number]
+            for request in waiting:
+                self._line.remove(request)
+        for request in waiting:
+            self._break(request, JobCancelled("the job was cancelled before its turn at the engine"))
+
+
+@frozen(kw_only=True)
+class _Finished:
+    """A job whose files wait for their review."""
+
+    request: RunJob
+    finished: FinishedGeneration
+    context: EngineContext
+
+
+class _ProgressTeller:
+    """Tells the worker of the steps of one request."""
+
+    def __init__(self, channel: Channel, request: int) -> None:
+        self._channel = channel
+        self._request = request
+        self._said_at = 0.0
+        self._said = ("", 0, 0)
+
+    def __call__(self, stage: str, step: int, total: int) -> None:
         now, step_is = time.monotonic(), (stage, step, total)
-        said_at, said = self._progress_said
-        if step_is != said and (step >= total or now - said_at >= _PROGRESS_SECONDS):
-            self._progress_said = (now, step_is)
-            self._channel.send(Progress(stage=stage, step=step, total=total))
+        if step_is != self._said and (step >= total or now - self._said_at >= _PROGRESS_SECONDS):
+            self._said_at, self._said = now, step_is
+            self._channel.send(Progress(request=self._request, stage=stage, step=step, total=total))
+
+
+def _subject_of(request: RunJob | WarmUp) -> tuple[str, str, tuple[str | None, ...]]:
+    match request:
+        case RunJob(job=job):
+            return job.id, job.job_type, tuple(job.texts)
+        case WarmUp(distribution=distribution):
+            return distribution, "warm-up", ()
 
 
 def _end_with_worker(connection: Connection, is_loaded: threading.Event) -> None:
@@ -168,6 +270,7 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_end_with_worker, args=(connection, is_loaded), name="engine-watch", daemon=True).start()
     registry = load_registry(settings)
     is_loaded.set()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     EngineServer(connection, settings, registry).serve()
 
 

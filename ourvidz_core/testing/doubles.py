@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ourvidz_core.delivery.storage import DirectoryStorage
 from ourvidz_core.engine.context import EngineContext
-from ourvidz_core.engine.host import OnProgress, ignore_progress
+from ourvidz_core.engine.host import OnMoment, OnProgress, ignore_moment, ignore_progress
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.errors import JobError
 from ourvidz_core.wire.artifacts import Asset, FinishedGeneration
@@ -70,9 +70,12 @@ class StubEngine:
         work_dir: Path,
         timeout_seconds: float,  # noqa: ARG002
         on_progress: OnProgress = ignore_progress,
+        on_begun: OnMoment = ignore_moment,
+        on_generated: OnMoment = ignore_moment,  # noqa: ARG002
         cancelled: threading.Event | None = None,  # noqa: ARG002
     ) -> FinishedGeneration:
         """See :meth:`~ourvidz_core.engine.host.Engine.run`."""
+        on_begun()
         self.jobs.append(job)
         self.work_dirs.append(work_dir)
         if isinstance(self._answer, Exception):

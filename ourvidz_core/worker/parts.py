@@ -105,7 +105,7 @@ class ActiveJobs:
             self._changed.notify_all()
 
     def mark_generated(self, job: ActiveJob) -> None:
-        """The engine is done with it, and free for the next."""
+        """The device is done with it, and free for the next."""
         with self._changed:
             job.note_sign()
             job.is_generated = True

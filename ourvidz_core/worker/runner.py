@@ -86,6 +86,7 @@ class Watch:
 
     on_job: Callable[[Job], None] = lambda job: None
     on_progress: Callable[[str, int, int], None] = ignore_progress
+    #: The engine can take another job; the files of this one may still have to be written.
     on_generated: Callable[[], None] = lambda: None
     on_stored: Callable[[Asset], None] = lambda asset: None
     cancelled: threading.Event = field(factory=threading.Event)
@@ -193,7 +194,6 @@ class JobRunner:
             walk.job = job = self._fetch_references(job, directory, walk.watch)
             finished = self._generate(owned, job, directory, walk.watch)
             walk.job = finished.job
-            walk.watch.on_generated()
             self._registry.report(
                 events.GenerationFinished(
                     job_id=job.id,
@@ -243,6 +243,7 @@ class JobRunner:
             work_dir=directory,
             timeout_seconds=self._job_timeouts_seconds.get(job.job_type, owned.job_type.timeout_seconds),
             on_progress=on_progress,
+            on_generated=watch.on_generated,
             cancelled=watch.cancelled,
         )
         _refuse_what_is_not_its(finished, job, directory)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from ourvidz_core.delivery.callbacks import retry_delay
 from ourvidz_core.delivery.queue import Claim, DeadLetter, FinishAnswer, QueuedCallback
 from ourvidz_core.delivery.spool import Ending
-from ourvidz_core.errors import JobCancelled, JobError, OutOfMemory, PayloadError, QueueUnavailable
+from ourvidz_core.errors import EngineLost, JobCancelled, JobError, OutOfMemory, PayloadError, QueueUnavailable
 from ourvidz_core.wire import events
 from ourvidz_core.wire.callbacks import Callback
 from ourvidz_core.wire.jobs import Job
@@ -80,7 +80,15 @@ class Settler:
             ),
         )
 
+    @staticmethod
+    def _is_anothers_fault(claim: Claim, error: JobError) -> bool:
+        """Whether its engine died of another job, for the first time: the second time it may be this one after all."""
+        has_been = any(reason.startswith(f"{EngineLost.__name__}:") for reason in claim.reasons)
+        return isinstance(error, EngineLost) and not has_been
+
     def _may_run_again(self, claim: Claim, error: JobError) -> bool:
+        if self._is_anothers_fault(claim, error):
+            return True
         if not error.is_transient or claim.attempt >= self._settings.max_attempts:
             return False
         # The second try has the device to itself, in a fresh engine. Where that was too little, a third is the same.
@@ -93,7 +101,8 @@ class Settler:
             claim.attempt, first_seconds=max(self._settings.retry_delay_seconds, 0.01), random=self._random
         )
         reason = f"{error.error_type}: {error.message}"
-        self._insist(active, lambda: self._queue.hand_back(claim, delay=delay, reason=reason))
+        counts = not self._is_anothers_fault(claim, error)
+        self._insist(active, lambda: self._queue.hand_back(claim, delay=delay, reason=reason, counts_as_attempt=counts))
         self._registry.report(
             events.JobRetried(
                 job_id=outcome.job_id or claim.key,

@@ -1,7 +1,7 @@
 """The worker: claims jobs, gives each a thread, and drains.
 
-The threads take turns at the engine, so while one job generates, the next fetches its
-references and the one before is uploaded.
+The threads take turns at the engine, so while one job generates, the next fetch their
+references and those before are finished and uploaded.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from ourvidz_core.worker.warming import warm_up
 
 logger = logging.getLogger(__name__)
 
-#: One job fetches, one generates, one is uploaded.
-MAX_ACTIVE = 3
-#: How long before the engine is free the next job is claimed, to fetch its references meanwhile.
+#: One job generates, the next are made ready, the others are finished and uploaded, which may take longer than to
+#: generate them.
+MAX_ACTIVE = 8
+MAX_BEFORE_GENERATION = 4
+#: How long before the device has done all jobs at hand the next is claimed, to fetch its references meanwhile.
 #: Not sooner: until then another worker may take it and start at once.
 PREFETCH_SECONDS = 3.0
 _IDLE_SECONDS = 2.0
@@ -166,11 +168,13 @@ class Worker:
 
     def _may_claim(self) -> bool:
         active = self._jobs.all()
-        before_generation = sum(not job.is_generated for job in active)
-        if len(active) >= MAX_ACTIVE or before_generation > 1:
+        coming = [job.job_type for job in active if not job.is_generated]
+        if len(active) >= MAX_ACTIVE or len(coming) >= MAX_BEFORE_GENERATION:
             return False
-        if before_generation == 1 and not self._parts.slot.is_nearly_free(PREFETCH_SECONDS):
-            return False
+        if coming:
+            seconds = self._parts.slot.seconds_until_free(coming)
+            if seconds is None or seconds > PREFETCH_SECONDS:
+                return False
         free_mb = min(self._parts.workspace.free_mb(), self._parts.spool.free_mb())
         if free_mb < self._settings.min_free_disk_mb:
             logger.error(

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import attrs
 
 from ourvidz_core.engine.context import EngineContext
-from ourvidz_core.engine.host import OnProgress, ignore_progress
+from ourvidz_core.engine.host import OnMoment, OnProgress, ignore_moment, ignore_progress
 from ourvidz_core.engine.local import LocalEngine
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.perform import perform
@@ -150,9 +150,12 @@ class TrialEngine(LocalEngine):
         work_dir: Path,
         timeout_seconds: float,
         on_progress: OnProgress = ignore_progress,
+        on_begun: OnMoment = ignore_moment,
+        on_generated: OnMoment = ignore_moment,  # noqa: ARG002 - one trial at a time
         cancelled: threading.Event | None = None,
     ) -> FinishedGeneration:
         """Generate ``job``; see :meth:`~ourvidz_core.engine.host.Engine.run`."""
+        on_begun()
         self.context = context = self._make_context(
             work_dir=work_dir,
             models=self._warm_models,
