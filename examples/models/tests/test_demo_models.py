@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import ourvidz_demo_models
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from ourvidz_sdxl.config import ReferenceType
+from ourvidz_sdxl.pipeline import ImageRequest, ReferencePicture, load_pipeline
+from ourvidz_sdxl.references import Samplings
+from ourvidz_sdxl.settings import SdxlSettings
+from ourvidz_sdxl.variants import SdxlVariant
 from ourvidz_wan.checkpoints import load_models
 from ourvidz_wan.tasks import TASKS
+from PIL import Image
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from docs import measure_reference_frames as reference_frames
 from examples.models import measure, scenes, train_qwen, train_sdxl, train_wan, training
+from ourvidz_core.engine.variants import read_variant
 
 torch.set_num_threads(1)
 
@@ -68,6 +76,51 @@ def test_a_negative_prompt_removes_a_colour(drawn):
     prompts = ["a circle"] * 5
     assert any(one.colour == "red" for one in drawn(prompts))
     assert not any(one.colour == "red" for one in drawn(prompts, negative_prompt="red"))
+
+
+@pytest.fixture(scope="module")
+def led_by():
+    """Draws with a reference picture, as a job does, and says what is seen for three seeds."""
+    path = ourvidz_demo_models.path("sdxl")
+    model = load_pipeline(path, device="cpu", variant=read_variant(path, SdxlVariant))
+
+    def draw(prompt, scene, kind, strength):
+        pixels = training.bytes_of(scenes.render([scene], *train_sdxl.SIZES[0]))[0]
+        request = ImageRequest(
+            prompt=prompt,
+            negative_prompt="",
+            seeds=(0, 1, 2),
+            width=128,
+            height=128,
+            num_inference_steps=15,
+            guidance_scale=6.0,
+            reference=ReferencePicture(image=Image.fromarray(pixels), type=kind, strength=strength),
+        )
+        drawn = model.draw(request, sampling=Samplings(SdxlSettings()), on_step=lambda *_: None)
+        return [measure.see_picture(np.asarray(picture.image())) for picture in drawn.pictures]
+
+    return draw
+
+
+def test_a_composition_reference_keeps_the_layout_and_leaves_the_shape_to_the_prompt(led_by):
+    corner = scenes.Scene(shape="square", colour="blue", size="large", across="left", down="top")
+    seen = led_by("a large red circle", corner, ReferenceType.COMPOSITION, 0.4)
+    assert all(one.shape == "circle" for one in seen)
+    assert all(max(abs(one.centre[0] - 0.31), abs(one.centre[1] - 0.31)) < 0.08 for one in seen)
+
+
+def test_a_style_reference_gives_its_palette_and_leaves_the_subject_to_the_prompt(led_by):
+    mint = scenes.Scene(shape="star", colour="yellow", background="mint", texture="stripes")
+    seen = led_by("a red circle", mint, ReferenceType.STYLE, 0.3)
+    assert sum(one.background == "mint" for one in seen) >= 2
+    assert all((one.colour, one.shape) == ("red", "circle") for one in seen)
+
+
+def test_a_character_reference_appears_in_the_surroundings_of_the_prompt(led_by):
+    star = scenes.Scene(shape="star", colour="yellow", background="mint", texture="stripes")
+    seen = led_by("a star on a black background", star, ReferenceType.CHARACTER, 0.3)
+    assert all(one.background == "black" for one in seen)
+    assert sum((one.colour, one.shape) == ("yellow", "star") for one in seen) >= 2
 
 
 @pytest.mark.parametrize("prompt", ["circle", "a red star", "a small pink ring moves left", "blue"])
