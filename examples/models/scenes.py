@@ -8,6 +8,7 @@ Some combinations are held out: no model ever sees them in training, and all met
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +38,7 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
     "lavender": (200, 186, 232),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "ring", "cross", "heart")
-#: Radius as a part of the shorter side.
+#: Radius as a part of the side of a square of the same area.
 SIZES: Mapping[str, float] = {"small": 0.13, "medium": 0.19, "large": 0.26}
 TEXTURES: Mapping[str, str] = {
     "plain": "plain",
@@ -348,7 +349,7 @@ def render_frames(
     scenes: Sequence[Scene], width: int, height: int, frames: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Videos ``[scene, 3, frames, height, width]`` from -1 to 1."""
-    unit = float(min(width, height))
+    unit = math.sqrt(width * height)
 
     def column(value: Callable[[Scene], float]) -> torch.Tensor:
         return torch.tensor([value(scene) for scene in scenes], device=device, dtype=torch.float32)[:, None]

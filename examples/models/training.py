@@ -106,13 +106,28 @@ class Run:
         rate: float,
         decay: float = 0.999,
         warm_up: int = 200,
+        matrices: Sequence[torch.nn.Parameter] = (),
     ) -> None:
+        """``matrices`` are learnt by Muon, at twice the rate; all other weights by AdamW."""
         self.name, self.modules, self.work = name, list(modules), work
-        self.steps, self.seconds, self.rate, self.warm_up = steps, seconds, rate, warm_up
+        self.steps, self.seconds, self.warm_up = steps, seconds, warm_up
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=self.parameters[0].is_cuda
-        )
+        by_muon = {id(matrix) for matrix in matrices}
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [p for p in self.parameters if id(p) not in by_muon],
+                lr=rate,
+                betas=(0.9, 0.98),
+                weight_decay=1e-4,
+                fused=self.parameters[0].is_cuda,
+            )
+        ]
+        if matrices:
+            # Steps of a size for which AdamW's rates are right.
+            self.optimizers.append(
+                torch.optim.Muon(matrices, lr=2 * rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            )
+        self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.decay = decay
         self.done = 0.0
         self._agreement: Any = None
@@ -138,9 +153,9 @@ class Run:
         begun = time.monotonic() - self.spent
         while self._agree() < 1.0:
             falling = 0.5 + 0.5 * math.cos(math.pi * self.done) + 0.002
-            rate = self.rate * min(1.0, (self.step + 1) / self.warm_up) * falling
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            part = min(1.0, (self.step + 1) / self.warm_up) * falling
+            for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * part
             yield self.step
             self.spent = time.monotonic() - begun
             if stops or time.monotonic() - self._saved > _CHECKPOINT_EVERY:
@@ -160,12 +175,14 @@ class Run:
 
     def learn(self, loss: torch.Tensor, **parts: torch.Tensor) -> None:
         """One step against ``loss``; it and ``parts`` go into the log."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self._agreement is not None:
             self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         keep = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -213,7 +230,7 @@ class Run:
             return
         state = {
             "modules": [module.state_dict() for module in self.modules],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "averaged": self.averaged,
             "step": self.step,
             "spent": self.spent,
@@ -232,7 +249,8 @@ class Run:
         state: dict[str, Any] = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         for module, weights in zip(self.modules, state["modules"], strict=True):
             module.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         for averaged, saved in zip(self.averaged, state["averaged"], strict=True):
             averaged.copy_(saved)
         self.step, self.spent, self.log = state["step"], state["spent"], state["log"]
