@@ -27,8 +27,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
+from ourvidz_core.engine.models import AlwaysResident
 from ourvidz_core.engine.variants import FILE_NAME, read_variant
 from ourvidz_core.errors import ModelUnavailable
+from ourvidz_core.plugins.residency import Residence
 from ourvidz_wan.acceleration import Acceleration, prepare_transformer
 from ourvidz_wan.config import Solver, WanVariant
 from ourvidz_wan.decoding import Decoder
@@ -85,10 +87,18 @@ class WanModels:
     decoder: Decoder = field(repr=False)
     #: What was done to the transformer; None on a CPU.
     acceleration: Acceleration | None = None
+    #: Its place on the device, where its parts can make room for each other.
+    residence: Residence = field(factory=AlwaysResident, repr=False)
     #: Encoded reference pictures, by what they show: see ``sampling``.
     stills: OrderedDict[tuple[str, int], torch.Tensor] = field(factory=OrderedDict, repr=False)
     #: Encoded texts, by what they say.
     texts: OrderedDict[str, torch.Tensor] = field(factory=OrderedDict, repr=False)
+
+    @property
+    def parts(self) -> Mapping[str, torch.nn.Module]:
+        """What works one after another, by diffusers' names."""
+        components = self.pipeline.components.items()
+        return {name: component for name, component in components if isinstance(component, torch.nn.Module)}
 
 
 def load_models(

@@ -42,6 +42,8 @@ FACTS_IN_WORDS = frozenset(
         "solver",
         "reference_method",
         "negative_prompt_source",
+        "attention",
+        "vae_dtype",
         "prompt",
     }
 )
@@ -111,27 +113,35 @@ def generate_wan(job: Job, command: Command, context: JobContext) -> Generation:
 
 
 def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
-    """Load the text-to-video weights and make an image of one step with them. A subprocess loads its own."""
+    """Load the text-to-video weights and make one step of an image with them. A subprocess loads its own.
+
+    On a GPU, one step of each shape that the presets have, so that no job waits for a compiler.
+    """
     settings = context.settings(WanSettings)
     if settings.script is not None or settings.run_as is RunAs.SUBPROCESS:
         return
     from ourvidz_wan.generate import run
 
-    config: WanConfig = job_types[0].preset
-    options = {
-        "task": TASK,
-        "ckpt_dir": _ckpt_dir(TASK, settings),
-        "size": config.size,
-        "sample_steps": 1,
-        # With guidance the negative prompt is encoded, too, and it is that of nearly all jobs.
-        "sample_guide_scale": config.sample_guide_scale,
-        "base_seed": 0,
-        "offload_model": settings.offload_model,
-        "prompt": "",
-        "save_file": context.output_path("png"),
-    }
-    arguments = _checked([f"--{name}={value}" for name, value in options.items()])
-    run(arguments, _warm(arguments, context), context.progress)
+    presets: list[WanConfig] = [job_type.preset for job_type in job_types]
+    shapes = {(presets[0].size, 1): presets[0]}
+    if context.device.startswith("cuda"):
+        shapes |= {(preset.size, preset.frame_num): preset for preset in presets}
+    for (size, frame_num), preset in shapes.items():
+        options = {
+            "task": TASK,
+            "ckpt_dir": _ckpt_dir(TASK, settings),
+            "size": size,
+            "frame_num": frame_num,
+            "sample_steps": 1,
+            # With guidance the negative prompt is encoded, too, and it is that of nearly all jobs.
+            "sample_guide_scale": preset.sample_guide_scale,
+            "base_seed": 0,
+            "offload_model": settings.offload_model,
+            "prompt": "",
+            "save_file": context.output_path("png" if frame_num == 1 else "mp4"),
+        }
+        arguments = _checked([f"--{name}={value}" for name, value in options.items()])
+        run(arguments, _warm(arguments, context), context.progress)
 
 
 def command_environment(settings: WanSettings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -180,10 +190,11 @@ def _checked(argv: Sequence[str]) -> GenerateArguments:
 
 
 def _generate_here(job: Job, command: Command, context: JobContext) -> Generation:
-    from ourvidz_wan.generate import run
+    from ourvidz_wan.generate import generate
 
     arguments = arguments_of(command)
-    result = run(arguments, _warm(arguments, context), context.progress)
+    generated = generate(arguments, _warm(arguments, context), context.progress)
+    result = generated.result
     artifact = Artifact(
         path=result.path,
         media_type="image/png" if result.frames is None else "video/mp4",
@@ -192,17 +203,26 @@ def _generate_here(job: Job, command: Command, context: JobContext) -> Generatio
         height=result.height,
         frames=result.frames,
     )
-    return Generation(artifacts=(artifact,), facts=_reported(result.facts))
+
+    def finish() -> tuple[Artifact, ...]:
+        generated.write()
+        return (artifact,)
+
+    return Generation(facts=_reported(result.facts), finish=finish)
 
 
 def _warm(arguments: GenerateArguments, context: JobContext) -> WanModels:
     from ourvidz_wan.checkpoints import load_models
 
-    return context.models.get(
-        f"wan:{arguments.task.name}:{arguments.ckpt_dir}",
+    key = f"wan:{arguments.task.name}:{arguments.ckpt_dir}"
+    models = context.models.get(
+        key,
         lambda: load_models(arguments.ckpt_dir, arguments.task, device=context.device, offload=arguments.offload_model),
         vram_gb=0.0 if arguments.offload_model else WEIGHTS_GB.get(arguments.task.name, 0.0),
+        # What is offloaded is moved by diffusers, whenever it works.
+        parts=None if arguments.offload_model else lambda loaded: loaded.parts,
     )
+    return attrs.evolve(models, residence=context.models.residence(key))
 
 
 def _generate_apart(job: Job, command: Command, context: JobContext) -> Generation:

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from ourvidz_core.engine.pacing import StepPacer
 from ourvidz_core.errors import GenerationError, ReferenceInvalid
+from ourvidz_core.plugins.residency import Work
 from ourvidz_wan.arguments import GenerateArguments
 from ourvidz_wan.checkpoints import WanModels, make_scheduler
 from ourvidz_wan.conditioning import (
@@ -118,7 +119,8 @@ def encode_still(models: WanModels, image: Image.Image, frames: int) -> torch.Te
         vae: Any = models.pipeline.vae
         still = torch.from_numpy(pixels.copy()).to(models.device, torch.float32) / 127.5 - 1.0
         clip = still.permute(2, 0, 1)[None, :, None].expand(-1, -1, frames, -1, -1)
-        encoded = vae.encode(clip.to(vae.dtype)).latent_dist.mode().float()
+        with models.residence.use("vae", work=Work(name="encode", shape=clip.shape[2:])):
+            encoded = vae.encode(clip.to(vae.dtype)).latent_dist.mode().float()
         mean, std = latent_statistics(vae, models.device)
         normalised: torch.Tensor = (encoded - mean) / std
         return normalised
@@ -130,9 +132,10 @@ def encode_text(models: WanModels, text: str) -> torch.Tensor:
     """What the transformer reads of ``text``, ``[1, tokens, channels]``."""
 
     def encode() -> torch.Tensor:
-        embeddings: torch.Tensor = models.pipeline.encode_prompt(
-            text, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
-        )[0]
+        with models.residence.use("text_encoder", work=Work(name="encode_text")):
+            embeddings: torch.Tensor = models.pipeline.encode_prompt(
+                text, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS, device=models.device
+            )[0]
         return embeddings
 
     return _remembered(models.texts, text, encode, CACHED_TEXTS)
@@ -152,12 +155,13 @@ def decoded(models: WanModels, latents: torch.Tensor) -> Iterator[Frames]:
     # Asked at once, it would let the device run dry.
     is_finite = Arriving(torch.isfinite(latents).all())
     try:
-        for frames in models.decoder.chunks(latents):
-            if not is_finite.wait():
-                raise GenerationError(
-                    f"{models.name} produced values that are no numbers; try another seed or guidance scale"
-                )
-            yield frames
+        with models.residence.use("vae", work=Work(name="decode", shape=latents.shape[2:])):
+            for frames in models.decoder.chunks(latents):
+                if not is_finite.wait():
+                    raise GenerationError(
+                        f"{models.name} produced values that are no numbers; try another seed or guidance scale"
+                    )
+                yield frames
     finally:
         # Where models are offloaded, the VAE leaves the device; elsewhere this does nothing.
         models.pipeline.maybe_free_model_hooks()
@@ -203,23 +207,29 @@ def _run_text(
     arguments: GenerateArguments, models: WanModels, size: tuple[int, int], on_progress: OnProgress
 ) -> tuple[torch.Tensor, str | None, float | None]:
     plan = _plan(arguments, models, size)
-    scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift)
     noise = _noise(arguments, models, size)
-    if plan.method is not None:
-        scheduler = ConditionedScheduler(scheduler, conditioner=plan.conditioner, start_sigma=plan.start_sigma)
     if plan.clean is not None and plan.start_sigma is not None:
         noise = noised(plan.clean, noise, plan.start_sigma)
     dtype: torch.dtype = models.pipeline.transformer.dtype
-    latents = denoise(
-        noise,
-        scheduler=scheduler,
-        steps=arguments.sample_steps,
-        predictor=models.predictor,
-        branches=[{"encoder_hidden_states": text.to(dtype)} for text in _texts(arguments, models).values()],
-        guidance_scale=arguments.sample_guide_scale,
-        dtype=dtype,
-        on_step=lambda step: on_progress(step, arguments.sample_steps),
-    )
+    branches = [{"encoder_hidden_states": text.to(dtype)} for text in _texts(arguments, models).values()]
+
+    def denoised() -> torch.Tensor:
+        scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift)
+        if plan.method is not None:
+            scheduler = ConditionedScheduler(scheduler, conditioner=plan.conditioner, start_sigma=plan.start_sigma)
+        return denoise(
+            noise,
+            scheduler=scheduler,
+            steps=arguments.sample_steps,
+            predictor=models.predictor,
+            branches=branches,
+            guidance_scale=arguments.sample_guide_scale,
+            dtype=dtype,
+            on_step=lambda step: on_progress(step, arguments.sample_steps),
+        )
+
+    work = _denoising(arguments, size, rows=len(branches))
+    latents = models.residence.run(denoised, "transformer", work=work)
     # Where models are offloaded, the transformer leaves the device; elsewhere this does nothing.
     models.pipeline.maybe_free_model_hooks()
     return latents, plan.method, plan.strength
@@ -328,19 +338,27 @@ def _call(
 
     models.pipeline.scheduler = scheduler
     width, height = size
-    latents: torch.Tensor = models.pipeline(
-        **_texts(arguments, models),
-        width=width,
-        height=height,
-        num_frames=arguments.frame_num,
-        num_inference_steps=arguments.sample_steps,
-        guidance_scale=arguments.sample_guide_scale,
-        output_type="latent",
-        return_dict=False,
-        callback_on_step_end=step_ended,
-        **options,
-    )[0]
+    texts = _texts(arguments, models)
+    parts = [name for name in models.parts if name != "text_encoder"]
+    with models.residence.use(*parts, work=_denoising(arguments, size, rows=len(texts))):
+        latents: torch.Tensor = models.pipeline(
+            **texts,
+            width=width,
+            height=height,
+            num_frames=arguments.frame_num,
+            num_inference_steps=arguments.sample_steps,
+            guidance_scale=arguments.sample_guide_scale,
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=step_ended,
+            **options,
+        )[0]
     return latents
+
+
+def _denoising(arguments: GenerateArguments, size: tuple[int, int], *, rows: int) -> Work:
+    width, height = size
+    return Work(name="denoise", shape=(arguments.frame_num, height, width), rows=rows)
 
 
 def _texts(arguments: GenerateArguments, models: WanModels) -> dict[str, torch.Tensor]:
