@@ -54,6 +54,8 @@ class GenerateArguments:
     reference_strength: float = DEFAULT_REFERENCE_STRENGTH
     #: None is the model's own.
     negative_prompt: str | None = None
+    #: How many devices predict, the first of them ``device``.
+    gpus: int = 1
     device: str = "auto"
 
 
@@ -97,6 +99,7 @@ def parse_arguments(argv: Sequence[str]) -> GenerateArguments:
         src_ref_images=given.src_ref_images,
         reference_strength=given.reference_strength,
         negative_prompt=None if given.negative_prompt is None else _text(given.negative_prompt),
+        gpus=given.gpus,
         device=given.device,
     )
 
@@ -140,6 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="0.1 to 1.0, higher is closer to --image (default: %(default)s)",
     )
     add("--negative_prompt", help="what not to show (default: the model's own)")
+    add("--gpus", type=int, default=1, help="how many GPUs a text-to-video job uses (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     return parser
 
@@ -183,6 +187,8 @@ def _check_numbers(given: argparse.Namespace) -> None:
         raise UsageError(f"--sample_shift {given.sample_shift} must be a number above 0")
     if not -1 <= given.base_seed < 2**63:
         raise UsageError(f"--base_seed {given.base_seed} must be from 0 to 2**63 - 1, or -1 for a random one")
+    if given.gpus < 1:
+        raise UsageError(f"--gpus {given.gpus} is too few; use at least 1")
     if not 0.1 <= given.reference_strength <= 1.0:
         raise UsageError(f"--reference_strength {given.reference_strength} must be from 0.1 to 1.0")
 

@@ -105,6 +105,11 @@ class WanSettings:
         default=False,
         help="Keep models in main memory and move each to the device while it works: slower, for small devices",
     )
+    gpus: int = option(
+        default=1,
+        validator=validators.ge(1),
+        help="How many of the GPUs that a worker sees one text-to-video job uses; see the guide on several GPUs",
+    )
     use_job_negative_prompt: bool = option(
         default=False, help="Give a job's own negative prompt to the model in place of the model's default"
     )

@@ -42,6 +42,7 @@ class Follower:
         # Only now: it takes seconds, and the beats shall not wait for it.
         import torch
 
+        from ourvidz_wan.acceleration import prepare_transformer
         from ourvidz_wan.checkpoints import load_transformer
         from ourvidz_wan.parallel.exchange import (
             Groups,
@@ -74,6 +75,7 @@ class Follower:
                             device=device,
                             dtype=getattr(torch, message["dtype"]),
                         )
+                        prepare_transformer(transformer, device)
                         self._say(kind="done")
                     case "join":
                         join(

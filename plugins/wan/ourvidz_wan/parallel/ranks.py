@@ -13,8 +13,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,7 +29,8 @@ from ourvidz_core.settings import without_keys
 from ourvidz_wan.parallel import exchange
 from ourvidz_wan.parallel.exchange import Groups
 from ourvidz_wan.parallel.plan import RankPlan, plan_ranks
-from ourvidz_wan.tasks import Task
+from ourvidz_wan.prediction import LAUNCH_BOUND_TOKENS, Branch, Predict, Predictor
+from ourvidz_wan.tasks import Pipeline, Task
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,8 @@ STEPS_AHEAD = 2
 #: Where rank 0 itself waits for a rank that is gone, nothing but its end helps.
 _LAST_RESORT_SECONDS = 10.0
 _POLL_SECONDS = 0.0005
-
-#: Predicts for each branch of a job: of the model's input ``[1, channels, frames, height, width]`` and the timestep.
-Predict = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+#: Where an exchange breaks off, the reason is known a little later.
+_REASON_SECONDS = 2.0
 
 
 @define(eq=False)
@@ -92,7 +92,7 @@ class Ranks:
         self._followers = [self._start(rank) for rank in range(1, ranks)]
         threading.Thread(target=self._watch, name="ranks-watch", daemon=True).start()
 
-    def share(self, transformer: Any, ckpt_dir: Path, task: Task, plan: RankPlan) -> SharedTransformer:
+    def share(self, transformer: Any, local: Predictor, ckpt_dir: Path, task: Task, plan: RankPlan) -> SharedPredictor:
         """Have the ranks of ``plan`` load the ``transformer`` of this process, too.
 
         :raises ModelUnavailable: a rank could not; says which and why.
@@ -111,7 +111,7 @@ class Ranks:
         self._tell_all(kind="share", key=key, plan=asdict(plan))
         with self._explained():
             groups = exchange.make_groups(plan, device)
-        shared = SharedTransformer(self, key, transformer, groups)
+        shared = SharedPredictor(self, key, transformer, groups, local)
         weakref.finalize(shared, self._dropped.append, key)
         logger.info("%s runs on %s", task.name, plan.describe())
         return shared
@@ -182,9 +182,11 @@ class Ranks:
                     exchange.say(follower.connection, kind="leave")
             else:
                 follower.process.kill()
-        # With a rank missing NCCL would wait for it; such a process has to end anyhow.
         if self._is_joined and (is_well or self._devices[0].type != "cuda"):
             exchange.leave()
+        elif self._is_joined:
+            # NCCL would wait for the rank that is gone, and so would an interpreter that ends in order.
+            atexit.register(os._exit, 1)
         for follower in self._followers:
             try:
                 follower.process.wait(timeout=5.0)
@@ -267,17 +269,17 @@ class Ranks:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What goes wrong here because a rank is gone is told as that."""
+        """What goes wrong here because a rank is gone is told as that; all else leaves the ranks out of step, too."""
         try:
             yield
         except JobError:
             raise
-        except Exception:
-            deadline = time.monotonic() + 2.0
+        except Exception as error:
+            deadline = time.monotonic() + _REASON_SECONDS
             while self._failure is None and time.monotonic() < deadline:
                 time.sleep(0.01)
+            self._note(_error_of("rank 0", type(error).__name__, str(error)))
             self.check()
-            raise
 
     def _watch(self) -> None:
         while not self._is_closed.is_set():
@@ -308,7 +310,7 @@ class Ranks:
             case "done":
                 follower.answers += 1
             case "failed":
-                self._note(_error_of(follower, message))
+                self._note(_error_of(follower, message["error_type"], message["message"]))
 
     def _end_if_stuck(self) -> None:
         """Our own thread may wait for the device, which waits for a rank that is gone."""
@@ -319,33 +321,62 @@ class Ranks:
             os._exit(1)
 
 
-class SharedTransformer:
-    """A transformer of which every rank holds a copy, and which predicts on all of them."""
+class SharedPredictor:
+    """A transformer of which every rank holds a copy, and which predicts on all of them.
 
-    def __init__(self, ranks: Ranks, key: str, transformer: Any, groups: Groups) -> None:
+    What one GPU launches more slowly than it works it off, an image above all, is left to ``local``.
+    """
+
+    def __init__(self, ranks: Ranks, key: str, transformer: Any, groups: Groups, local: Predictor) -> None:
         self._ranks = ranks
         self._key = key
         self._transformer = transformer
         self._groups = groups
+        self._local = local
+        self._used = 1
 
     @property
     def plan(self) -> RankPlan:
         """Who predicts what."""
         return self._groups.plan
 
-    @contextmanager
-    def job(self, branches: Sequence[Mapping[str, Any]]) -> Iterator[Predict]:
-        """A function that predicts for each of ``branches``, for as many steps as are wanted.
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How many GPUs predicted for the last job."""
+        return {"gpus": self._used}
 
-        A branch holds the transformer's arguments that stay the same in all steps, the prompt's
-        first. Whatever ends the job between two steps leaves the ranks ready for the next.
+    @contextmanager
+    def job(self, branches: Sequence[Branch]) -> Iterator[Predict]:
+        """See :class:`Predictor`. Whatever ends the job between two steps leaves the ranks ready for the next.
 
         :raises EngineUnusable: a rank is gone.
         """
+        with ExitStack() as stack:
+            chosen: Predict | None = None
+
+            def predict(hidden_states: torch.Tensor, timestep: torch.Tensor) -> Sequence[torch.Tensor]:
+                nonlocal chosen
+                if chosen is None:  # only now the size is known
+                    is_shared = self._is_worth_it(hidden_states)
+                    chosen = stack.enter_context(self._on_all(branches) if is_shared else self._local.job(branches))
+                    self._used = self._busy_ranks(len(branches)) if is_shared else 1
+                return chosen(hidden_states, timestep)
+
+            yield predict
+
+    def _is_worth_it(self, hidden_states: torch.Tensor) -> bool:
+        is_launch_bound = exchange.tokens_of(self._transformer, hidden_states) <= LAUNCH_BOUND_TOKENS
+        return hidden_states.device.type != "cuda" or not is_launch_bound
+
+    def _busy_ranks(self, branches: int) -> int:
+        return sum(bool(self.plan.branches_of(rank, branches)) for rank in range(self.plan.ranks))
+
+    @contextmanager
+    def _on_all(self, branches: Sequence[Branch]) -> Iterator[Predict]:
         steps = itertools.count()
 
-        def predict(hidden_states: torch.Tensor, timestep: torch.Tensor) -> list[torch.Tensor]:
-            inputs = {"hidden_states": hidden_states, "timestep": timestep}
+        def predict(hidden_states: torch.Tensor, timestep: torch.Tensor) -> Sequence[torch.Tensor]:
+            inputs = {"hidden_states": hidden_states, "timestep": timestep.to(hidden_states.device)}
             predictions = self._ranks.step(self._transformer, branches, self._groups, inputs)
             self._ranks.pace(ahead=STEPS_AHEAD, is_first=next(steps) <= STEPS_AHEAD)
             return predictions
@@ -363,12 +394,13 @@ class SharedTransformer:
 _world: Ranks | None = None
 
 
-def share_transformer(
-    transformer: Any, ckpt_dir: Path, task: Task, *, gpus: int, device: torch.device
-) -> SharedTransformer | None:
+def share_predictions(
+    transformer: Any, local: Predictor, ckpt_dir: Path, task: Task, *, gpus: int, device: torch.device
+) -> SharedPredictor | None:
     """Have ``gpus`` GPUs predict for the ``transformer`` that this process loaded; None where one has to do.
 
-    The other ranks live as long as this process, and hold a second model only where its plan is as large.
+    That is so of all but text-to-video, whose steps diffusers takes. The other ranks live as long as
+    this process, and hold a second model only where its plan is as large.
 
     :raises GenerationError: this process does not see so many.
     :raises ModelUnavailable: another rank could not load the weights.
@@ -376,12 +408,12 @@ def share_transformer(
     global _world  # noqa: PLW0603 - as torch.distributed: one world in a process
     plan = plan_ranks(gpus, heads=transformer.config.num_attention_heads)
     is_new = _world is None or _world.is_closed
-    if plan.ranks == 1 or not (is_new or plan.ranks == _world.size):
+    if plan.ranks == 1 or task.pipeline is not Pipeline.TEXT or not (is_new or plan.ranks == _world.size):
         return None
     if is_new:
         _world = Ranks(plan.ranks, device)
         atexit.register(_world.close)
-    return _world.share(transformer, ckpt_dir, task, plan)
+    return _world.share(transformer, local, ckpt_dir, task, plan)
 
 
 def devices_of(ranks: int, device: torch.device) -> list[torch.device]:
@@ -408,8 +440,8 @@ def _ending(process: subprocess.Popen[bytes]) -> str:
         return "its pipe closed"
 
 
-def _error_of(follower: _Follower, message: Mapping[str, str]) -> JobError:
-    said = f"{follower} failed: {message['error_type']}: {message['message']}"
-    if "out of memory" in said.lower():
+def _error_of(rank: object, error_type: str, message: str) -> JobError:
+    said = f"{rank} failed: {error_type}: {message}"
+    if "out of memory" in said.lower() or error_type == "OutOfMemoryError":
         return OutOfMemory(f"a GPU has too little memory for its part of this job: {said}")
-    return ModelUnavailable(said) if message["error_type"] == "ModelUnavailable" else EngineUnusable(said)
+    return ModelUnavailable(said) if error_type == "ModelUnavailable" else EngineUnusable(said)
