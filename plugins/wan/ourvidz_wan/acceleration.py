@@ -63,13 +63,8 @@ def use_kernel(transformer: torch.nn.Module, kernel: Kernel) -> None:
     """Have all attention use ``kernel``, and the rotary tables that go with it."""
     model: Any = transformer
     cross_kernel = kernel if CROSS_ATTENTION_AS_SELF else Kernel.TORCH
-    for processor in model.attn_processors.values():
-        if processor._parallel_config is not None and kernel is not Kernel.TORCH:
-            # Over several devices diffusers attends, and of these it knows cuDNN alone.
-            processor._attention_backend = "_native_cudnn"
-    model.set_attn_processor(
-        {name: _like(processor, kernel, cross_kernel) for name, processor in model.attn_processors.items()}
-    )
+    for _, attn in (*_named(transformer, "attn1"), *_named(transformer, "attn2")):
+        attn.set_processor(KernelAttnProcessor(kernel, cross_kernel))
     if not isinstance(model.rope, SignedRope):
         model.rope = SignedRope(model.rope)
 
@@ -107,7 +102,7 @@ def compile_blocks(transformer: torch.nn.Module) -> tuple[CompiledCall, ...]:
     return tuple(calls.values())
 
 
-class LinearGelu(torch.nn.Module):
+class LinearGelu(torch.nn.Module):  # type: ignore[misc]
     """A linear layer and the tanh GELU behind it, in one operation."""
 
     def __init__(self, proj: torch.nn.Linear) -> None:
@@ -120,7 +115,7 @@ class LinearGelu(torch.nn.Module):
         return result
 
 
-@torch.library.custom_op("ourvidz_wan::linear_gelu", mutates_args=())
+@torch.library.custom_op("ourvidz_wan::linear_gelu", mutates_args=())  # type: ignore[untyped-decorator]
 def linear_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``gelu(hidden_states @ weight.T + bias)``; a compiler would split torch's own operation again."""
     if not hidden_states.is_cuda:
@@ -130,16 +125,9 @@ def linear_gelu(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.T
     return result.view(*hidden_states.shape[:-1], weight.shape[0])
 
 
-@linear_gelu.register_fake
+@linear_gelu.register_fake  # type: ignore[untyped-decorator]
 def _(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
     return hidden_states.new_empty(*hidden_states.shape[:-1], weight.shape[0])
-
-
-def _like(processor: Any, kernel: Kernel, cross_kernel: Kernel) -> KernelAttnProcessor:
-    made = KernelAttnProcessor(kernel, cross_kernel)
-    made._parallel_config = processor._parallel_config
-    made._attention_backend = processor._attention_backend
-    return made
 
 
 def _ffns(transformer: torch.nn.Module) -> list[Any]:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -68,7 +69,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: 
     return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-@torch.library.custom_op("ourvidz_wan::flash_3", mutates_args=())
+@torch.library.custom_op("ourvidz_wan::flash_3", mutates_args=())  # type: ignore[untyped-decorator]
 def flash_3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """FlashAttention 3 as one operation, so that a compiler takes it whole."""
     attended: Any = _flash_3_function()(query, key, value)
@@ -77,7 +78,7 @@ def flash_3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     return result
 
 
-@flash_3.register_fake
+@flash_3.register_fake  # type: ignore[untyped-decorator]
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
@@ -92,6 +93,9 @@ class KernelAttnProcessor(WanAttnProcessor):  # type: ignore[misc]
         super().__init__()
         self.kernel = kernel
         self.cross_kernel = cross_kernel
+        if kernel is not Kernel.TORCH:
+            # Where diffusers attends: of the kernels that we choose it knows this one.
+            self._attention_backend = AttentionBackendName._NATIVE_CUDNN
 
     def __call__(
         self,
@@ -118,7 +122,7 @@ class KernelAttnProcessor(WanAttnProcessor):  # type: ignore[misc]
         return mixed
 
 
-class SignedRope(torch.nn.Module):
+class SignedRope(torch.nn.Module):  # type: ignore[misc]
     """diffusers' rotary tables, with the sign of a rotation's first half in the sine's.
 
     So a rotation is two products and a swap of neighbours, which a compiler merges with the norm

@@ -36,17 +36,14 @@ class LocalPredictor:
         self._transformer = transformer
         self._device = device
         self._patch_size: tuple[int, int, int] = transformer.config.patch_size
-        self._replayed = GraphedCall(self._forward, name="the WAN transformer")
+        self._replayed = GraphedCall(self._forward, name="the WAN transformer", module=transformer)
         self._may_replay = device.type == "cuda" and not is_offloaded
-        self._places: tuple[int, ...] = ()
 
     @contextmanager
     def job(self, branches: Sequence[Branch]) -> Iterator[Predict]:
         """See :class:`Predictor`."""
         pacer = StepPacer(str(self._device))
         batched = {name: torch.cat([branch[name] for branch in branches]) for name in branches[0]}
-        if self._may_replay:
-            self._forget_what_moved()
 
         def predict(hidden_states: torch.Tensor, timestep: torch.Tensor) -> Sequence[torch.Tensor]:
             predictions: Sequence[torch.Tensor]
@@ -73,10 +70,3 @@ class LocalPredictor:
         for side, patch in zip(hidden_states.shape[2:], self._patch_size, strict=True):
             tokens *= side // patch
         return tokens
-
-    def _forget_what_moved(self) -> None:
-        """A graph reads weights where they were; between two jobs they may have been to main memory and back."""
-        places = tuple(parameter.data_ptr() for parameter in self._transformer.parameters())
-        if places != self._places:
-            self._replayed.forget()
-            self._places = places

@@ -71,7 +71,10 @@ def job_of(job_type="video_fast", prompt="a cat", references=None, **config):
 def walk(job, context):
     prepared = plugin.prepare_job(job, context)
     command = plugin.build_command(prepared, context)
-    return prepared, command, plugin.generate(prepared, command, context)
+    generation = plugin.generate(prepared, command, context)
+    if generation.finish is not None:
+        generation = attrs.evolve(generation, artifacts=generation.finish(), finish=None)
+    return prepared, command, generation
 
 
 def test_the_plugin_imports_nothing_heavy():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import attrs
 from ourvidz_wan.config import WanSettings
 from ourvidz_wan.execution import build_wan_command, generate_wan, prepare_wan_job
 
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.plugins.hookspecs import ReadSettings, hookimpl
-from ourvidz_core.wire.artifacts import Generation
+from ourvidz_core.wire.artifacts import Artifact, Generation
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.findings import Check
 from ourvidz_core.wire.job_types import JobType
@@ -53,13 +54,19 @@ def build_command(job: Job, context: JobContext) -> Command:
 def generate(job: Job, command: Command, context: JobContext) -> Generation:
     """WAN's own generation; then the file is told what its prompt was made of."""
     generation = generate_wan(job, command, context)
-    if context.settings(WanSettings).script is None:  # what another script wrote is its own
-        facts = {name: job.facts[name] for name in FACTS_OF_FILE if job.facts.get(name) is not None}
-        if job.enhanced_prompt is not None:
-            facts["original_prompt"] = job.prompt
-        for artifact in generation.artifacts:
+    if context.settings(WanSettings).script is not None:  # what another script wrote is its own
+        return generation
+    facts = {name: job.facts[name] for name in FACTS_OF_FILE if job.facts.get(name) is not None}
+    if job.enhanced_prompt is not None:
+        facts["original_prompt"] = job.prompt
+
+    def finish() -> tuple[Artifact, ...]:
+        artifacts = generation.artifacts if generation.finish is None else generation.finish()
+        for artifact in artifacts:
             add_facts(artifact.path, facts)
-    return generation
+        return artifacts
+
+    return attrs.evolve(generation, artifacts=(), finish=finish)
 
 
 @hookimpl

@@ -153,7 +153,7 @@ def test_references_run_as_on_the_plain_types(roles, context_of, pictures, qwen_
         runs[name] = (prepared, [part for part in command.argv if "--save_file" not in part], generation)
     from ourvidz_wan.video import read_video
 
-    frames = {name: read_video(generation.artifacts[0].path) for name, (_, _, generation) in runs.items()}
+    frames = {name: read_video(generation.finish()[0].path) for name, (_, _, generation) in runs.items()}
     assert (frames["plain"] == frames["off"]).all()
     assert runs["plain"][1] == runs["off"][1]
     assert dict(runs["plain"][2].facts) == dict(runs["off"][2].facts) == dict(runs["on"][2].facts)
