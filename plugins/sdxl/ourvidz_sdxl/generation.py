@@ -133,7 +133,12 @@ def _warm(context: JobContext, settings: SdxlSettings, path: Path) -> SdxlPipeli
         variant = read_variant(path, SdxlVariant)
         return load_pipeline(path, device=context.device, variant=variant, config_dir=settings.config_dir)
 
-    return context.models.get(f"sdxl:{path}", load, vram_gb=_size_gb(path))
+    key = f"sdxl:{path}"
+    model = context.models.get(
+        key, load, vram_gb=_size_gb(path), on_leave=lambda leaving, _part: leaving.forget_graphs()
+    )
+    model.residence = context.models.residence(key)
+    return model
 
 
 def _size_gb(path: Path) -> float:

@@ -20,8 +20,10 @@ from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image, fromarray
 from transformers.utils import logging as transformers_logging
 
+from ourvidz_core.engine.models import AlwaysResident
 from ourvidz_core.engine.pacing import StepPacer
 from ourvidz_core.errors import ModelUnavailable, OutOfMemory
+from ourvidz_core.plugins.residency import Residence, Work
 from ourvidz_sdxl.config import ReferenceType, Solver
 from ourvidz_sdxl.layout import CONFIG_DIR_VARIABLE, CONFIG_IN_WORDS, missing_config
 from ourvidz_sdxl.pictures import Picture
@@ -109,6 +111,8 @@ class SdxlPipeline:
         self.device = device
         self.dtype = dtype
         self.variant = variant
+        #: Its place on the device, among other models.
+        self.residence: Residence = AlwaysResident()
         self.prompts = PromptEncoder(base, device)
         self._own_scheduler = base.scheduler
         self._extras: dict[str, Any] = {}
@@ -128,14 +132,15 @@ class SdxlPipeline:
 
         :raises OutOfMemory: not even one image fits.
         """
-        conditioning = self.prompts.encode(request.prompt, request.negative_prompt)
-        scheduler = scheduler_for(request.solver, self._own_scheduler)
-        way = sampling(self, request, scheduler)
-        try:
-            with self._unet.as_it_came() if way.changes_unet else nullcontext():
-                pictures, batch_sizes = self._draw_all(request, conditioning, way, on_step)
-        finally:
-            way.close()
+        with self.residence.use():
+            conditioning = self.prompts.encode(request.prompt, request.negative_prompt)
+            scheduler = scheduler_for(request.solver, self._own_scheduler)
+            way = sampling(self, request, scheduler)
+            try:
+                with self._unet.as_it_came() if way.changes_unet else nullcontext():
+                    pictures, batch_sizes = self._draw_all(request, conditioning, way, on_step)
+            finally:
+                way.close()
         return DrawnImages(
             pictures=tuple(pictures),
             scheduler=type(scheduler).__name__,
@@ -169,6 +174,10 @@ class SdxlPipeline:
     def may_be_compiled(self) -> bool:
         """Whether new shapes may be compiled; see :meth:`settle`."""
         return self._unet.may_be_compiled
+
+    def forget_graphs(self) -> None:
+        """Free the memory of what was recorded on weights where they lie; it is recorded anew when it is needed."""
+        self._unet.forget()
 
     def settle(self) -> None:
         """All shapes that jobs are expected to have were drawn: no job waits for a compiler from here on."""
@@ -207,7 +216,7 @@ class SdxlPipeline:
     ) -> tuple[list[Picture], list[int]]:
         pictures: list[Picture] = []
         batch_sizes: list[int] = []
-        size = len(request.seeds)
+        size = self._size_of_batches(request)
         while len(pictures) < len(request.seeds):
             seeds = request.seeds[len(pictures) : len(pictures) + size]
             remaining_batches = -(-(len(request.seeds) - len(pictures)) // size)
@@ -228,12 +237,20 @@ class SdxlPipeline:
             pictures += self._decoded(latents)
         return pictures, batch_sizes
 
+    def _size_of_batches(self, request: ImageRequest) -> int:
+        """How many images at once, by what the memory took before: batches of nearly one size."""
+        images = len(request.seeds)
+        batches = -(-images // self.residence.rows(_denoising(request, images)))
+        return -(-images // batches)
+
     def _decoded(self, latents: torch.Tensor) -> list[Picture]:
         """The pictures of a batch, one by one: each fills the device."""
         is_finite = torch.isfinite(latents).all()
         pictures: list[Picture] = []
         for one in latents.split(1):
-            pixels = self._unless_out_of_memory(partial(self._decode, self._as_decoded(one)))
+            decode = partial(self._decode, self._as_decoded(one))
+            work = Work(name="decode", shape=tuple(one.shape[2:]))
+            pixels = self._unless_out_of_memory(partial(self.residence.run, decode, work=work))
             if pixels is None:
                 pixels = self._decode.plain(self._as_decoded(one))
             pictures.append(Picture.send(pixels[0], is_finite))
@@ -256,9 +273,8 @@ class SdxlPipeline:
             on_step(min(way.steps, index * way.steps // max(1, pipeline.num_timesteps) + 1), tensors["latents"])
             return {}
 
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
         def sample() -> torch.Tensor:
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             latents: torch.Tensor = way.pipeline(
                 prompt_embeds=_for_each(conditioning.prompt, seeds),
                 pooled_prompt_embeds=_for_each(conditioning.pooled, seeds),
@@ -272,7 +288,7 @@ class SdxlPipeline:
             ).images
             return latents
 
-        return self._unless_out_of_memory(sample)
+        return self._unless_out_of_memory(lambda: self.residence.run(sample, work=_denoising(request, len(seeds))))
 
     def _unless_out_of_memory(self, make: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """What ``make`` makes, or None where it does not fit into memory; then all is freed that can be made again."""
@@ -282,7 +298,7 @@ class SdxlPipeline:
             if not is_out_of_memory(error):
                 raise
         # Only here has the exception let go of the tensors in its frames.
-        self._unet.forget()
+        self.forget_graphs()
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -380,6 +396,10 @@ def _report(
     on_step: Callable[[int, int, torch.Tensor], None], done: int, total: int, step: int, latents: torch.Tensor
 ) -> None:
     on_step(done + step, total, latents)
+
+
+def _denoising(request: ImageRequest, images: int) -> Work:
+    return Work(name="denoise", shape=(request.height, request.width), rows=images)
 
 
 def _for_each(embeddings: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:

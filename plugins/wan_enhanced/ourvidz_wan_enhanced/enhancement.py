@@ -22,6 +22,7 @@ from ourvidz_core.engine.perform import STICKY_DEVICE_ERRORS
 from ourvidz_core.engine.variants import find_model
 from ourvidz_core.errors import EngineUnusable, GenerationError, ModelUnavailable
 from ourvidz_core.plugins.context import JobContext
+from ourvidz_core.plugins.residency import Work
 from ourvidz_core.wire.job_types import ContentType
 from ourvidz_core.wire.jobs import Job
 from ourvidz_wan_enhanced.checks import fault_of, finished_part, tidied
@@ -176,7 +177,8 @@ def _enhanced(
     writer = _writer(settings, context, facts)
     started = time.monotonic()
     try:
-        draft = _written(task, writer, settings, context, facts)
+        with context.models.residence(writer_key(settings)).use(work=Work(name="write")):
+            draft = _written(task, writer, settings, context, facts)
     finally:
         facts["enhancement_seconds"] = round(time.monotonic() - started, 3)
         facts["enhancement_model"] = writer.name
