@@ -29,6 +29,12 @@ REPORT_DIRECTORY = "up"
 @click.option("--config", type=click.Path(path_type=Path), help="A settings file; its [[ourvidz.workers]] are run.")
 @click.option("--workers", type=click.IntRange(min=1), help="How many workers; one for each GPU unless said.")
 @click.option("--gpus", help="Numbers of the GPUs to use, comma-separated, or all: a worker for each.")
+@click.option(
+    "--gpus-per-worker",
+    type=click.IntRange(min=1),
+    default=1,
+    help="How many GPUs each worker gets, for job types that use several.",
+)
 @click.option("--per-queue", is_flag=True, help="A worker for each queue in place of one for all.")
 @click.option("--queues", help="Queues to serve, comma-separated; all that a plugin owns unless said.")
 @click.option("--no-checks", is_flag=True, help="Start workers without looking at anything first, memory included.")
@@ -36,6 +42,7 @@ def up(  # noqa: PLR0917 - click names them all
     config: Path | None,
     workers: int | None,
     gpus: str | None,
+    gpus_per_worker: int,
     per_queue: bool,
     queues: str | None,
     no_checks: bool,
@@ -64,7 +71,15 @@ def up(  # noqa: PLR0917 - click names them all
     report = _measured(settings)
 
     def plan(settings: Settings) -> list[PlannedWorker]:
-        tables = _tables(registry, report, workers=workers, gpus=gpus, per_queue=per_queue, queues=queues)
+        tables = _tables(
+            registry,
+            report,
+            workers=workers,
+            gpus=gpus,
+            gpus_per_worker=gpus_per_worker,
+            per_queue=per_queue,
+            queues=queues,
+        )
         planned = plan_workers(
             tables,
             registry.queues,
@@ -106,14 +121,27 @@ def _measured(settings: Settings) -> GpuReport:
 
 
 def _tables(
-    registry: Registry, report: GpuReport, *, workers: int | None, gpus: str | None, per_queue: bool, queues: str | None
+    registry: Registry,
+    report: GpuReport,
+    *,
+    workers: int | None,
+    gpus: str | None,
+    gpus_per_worker: int,
+    per_queue: bool,
+    queues: str | None,
 ) -> list[WorkerTable]:
     from ourvidz_core.orchestrator.plan import tables_from_flags, tables_of
 
     if not (workers or gpus or per_queue or queues) and (written := load_worker_tables()):
         return tables_of(written)
     chosen = [name.strip() for name in queues.split(",") if name.strip()] if queues else list(registry.queues)
-    return tables_from_flags(chosen, workers=workers, gpus=_numbers(gpus, report), per_queue=per_queue)
+    return tables_from_flags(
+        chosen,
+        workers=workers,
+        gpus=_numbers(gpus, report),
+        per_queue=per_queue,
+        gpus_per_worker=gpus_per_worker,
+    )
 
 
 def _numbers(gpus: str | None, report: GpuReport) -> list[int]:

@@ -75,22 +75,29 @@ def tables_of(values: Sequence[Mapping[str, Any]]) -> list[WorkerTable]:
 
 
 def tables_from_flags(
-    queues: Sequence[str], *, workers: int | None, gpus: Sequence[int], per_queue: bool
+    queues: Sequence[str], *, workers: int | None, gpus: Sequence[int], per_queue: bool, gpus_per_worker: int = 1
 ) -> list[WorkerTable]:
-    """A worker for all queues or one for each, ``workers`` times; each time on the next of ``gpus``.
+    """A worker for all queues or one for each, ``workers`` times; each time on the next of ``gpus``, or next few.
+
+    :raises SettingsError: the GPUs cannot be dealt out so.
 
     >>> [table.name for table in tables_from_flags(["a", "b"], workers=None, gpus=[0, 1], per_queue=True)]
     ['a-gpu0', 'a-gpu1', 'b-gpu0', 'b-gpu1']
     """
-    count = workers if workers is not None else max(len(gpus), 1)
+    if gpus_per_worker > 1 and (not gpus or len(gpus) % gpus_per_worker):
+        raise SettingsError(
+            f"{len(gpus)} GPUs cannot be dealt out in groups of {gpus_per_worker}; name others in --gpus"
+        )
+    groups = [tuple(gpus[first : first + gpus_per_worker]) for first in range(0, len(gpus), gpus_per_worker)]
+    count = workers if workers is not None else max(len(groups), 1)
     tables = []
     for base, chosen in [(queue, (queue,)) for queue in queues] if per_queue else [("worker", tuple(queues))]:
         for number in range(count):
             name = base if count == 1 and not gpus else f"{base}-{number + 1}"
-            if gpus:
-                name = f"{base}-gpu{gpus[number % len(gpus)]}"
-                name += f"-{number // len(gpus) + 1}" if count > len(gpus) else ""
-            mine = (gpus[number % len(gpus)],) if gpus else ()
+            mine = groups[number % len(groups)] if groups else ()
+            if mine:
+                name = f"{base}-gpu{'-'.join(map(str, mine))}"
+                name += f"-{number // len(groups) + 1}" if count > len(groups) else ""
             tables.append(WorkerTable(name=name, queues=chosen, gpus=mine))
     return tables
 

@@ -27,8 +27,10 @@ JOB_TYPES = (
 )
 
 
-def planned(*, workers: int | None = None, gpus: tuple[int, ...] = (), per_queue: bool = False) -> list[PlannedWorker]:
-    tables = tables_from_flags(QUEUES, workers=workers, gpus=gpus, per_queue=per_queue)
+def planned(
+    *, workers: int | None = None, gpus: tuple[int, ...] = (), per_queue: bool = False, gpus_per_worker: int = 1
+) -> list[PlannedWorker]:
+    tables = tables_from_flags(QUEUES, workers=workers, gpus=gpus, per_queue=per_queue, gpus_per_worker=gpus_per_worker)
     return plan_workers(tables, QUEUES, environ={}, host="h")
 
 
@@ -52,14 +54,30 @@ def report(*free_gb: float) -> GpuReport:
             {"workers": 3, "gpus": (0, 1)},
             {"worker-gpu0-1": (QUEUES, "0"), "worker-gpu1-1": (QUEUES, "1"), "worker-gpu0-2": (QUEUES, "0")},
         ),
+        (
+            {"gpus": (0, 1, 2, 3), "gpus_per_worker": 2},
+            {"worker-gpu0-1": (QUEUES, "0,1"), "worker-gpu2-3": (QUEUES, "2,3")},
+        ),
     ],
-    ids=["one engine for both queues", "a worker a queue", "a worker a GPU", "two", "three on two GPUs"],
+    ids=[
+        "one engine for both queues",
+        "a worker a queue",
+        "a worker a GPU",
+        "two",
+        "three on two GPUs",
+        "two GPUs each",
+    ],
 )
 def test_flags_say_which_workers_there_are(flags: dict, expected: dict) -> None:
     made = {
         worker.name: (worker.queues, worker.environment.get("CUDA_VISIBLE_DEVICES", "")) for worker in planned(**flags)
     }
     assert made == expected
+
+
+def test_gpus_that_cannot_be_dealt_out_evenly_are_refused() -> None:
+    with pytest.raises(SettingsError, match="3 GPUs cannot be dealt out in groups of 2"):
+        planned(gpus=(0, 1, 2), gpus_per_worker=2)
 
 
 def test_tables_of_the_settings_file_say_it_too_and_no_process_takes_them_for_settings(tmp_path: Path) -> None:
