@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from attrs import frozen
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image, fromarray
 from transformers.utils import logging as transformers_logging
 
 from ourvidz_core.engine.models import AlwaysResident
 from ourvidz_core.engine.pacing import StepPacer
+from ourvidz_core.engine.weight_files import read_module, read_weights
 from ourvidz_core.errors import ModelUnavailable, OutOfMemory
 from ourvidz_core.plugins.residency import Residence, Work
 from ourvidz_sdxl.config import ReferenceType, Solver
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: Latents on the longer side of a sketch: 128 pixels, a 64th of the decoder's work for an image of 1024x1024.
 _SKETCH_LATENTS = 16
+#: What is read straight to a GPU; the text encoders are small.
+_LARGE_PARTS: Mapping[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 
 
 @frozen(kw_only=True)
@@ -344,7 +347,10 @@ def load_pipeline(model: Path, *, device: str, variant: SdxlVariant, config_dir:
     is_directory = model.is_dir()
     complete_config_dir = None if is_directory else checked_config_dir(model, config_dir)
     try:
-        base = _from_directory(model, dtype) if is_directory else _from_checkpoint(model, dtype, complete_config_dir)
+        if is_directory:
+            base = _from_directory(model, device, dtype)
+        else:
+            base = _from_checkpoint(model, device, dtype, complete_config_dir)
         return SdxlPipeline(base, device=device, dtype=dtype, variant=variant)
     # Five libraries read the files, and each has errors of its own for a broken one.
     except Exception as error:
@@ -380,16 +386,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _from_directory(model: Path, dtype: torch.dtype) -> Any:
+def _from_directory(model: Path, device: str, dtype: torch.dtype) -> Any:
+    read = parts_of_directory(model, device, dtype) if device.startswith("cuda") else {}
     return StableDiffusionXLPipeline.from_pretrained(
-        str(model), dtype=dtype, local_files_only=True, add_watermarker=False
+        str(model), dtype=dtype, local_files_only=True, add_watermarker=False, **read
     )
 
 
-def _from_checkpoint(model: Path, dtype: torch.dtype, config_dir: Path | None) -> Any:
+def _from_checkpoint(model: Path, device: str, dtype: torch.dtype, config_dir: Path | None) -> Any:
+    is_read = device.startswith("cuda") and model.suffix == ".safetensors"
+    read = parts_of_checkpoint(model, device, dtype, config_dir) if is_read else {}
     return StableDiffusionXLPipeline.from_single_file(
-        str(model), config=str(config_dir), dtype=dtype, local_files_only=True, add_watermarker=False
+        str(model), config=str(config_dir), dtype=dtype, local_files_only=True, add_watermarker=False, **read
     )
+
+
+def parts_of_directory(model: Path, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The large parts of a pipeline in ``model``, read straight to ``device``, as far as that can be done."""
+    parts = {name: read_module(cls, model / name, device=device, dtype=dtype) for name, cls in _LARGE_PARTS.items()}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def parts_of_checkpoint(model: Path, device: str, dtype: torch.dtype, config_dir: Path | None) -> dict[str, Any]:
+    """The large parts of a checkpoint, read straight to ``device``; diffusers gives its weights their names."""
+    weights = read_weights([model], device=device, dtype_of=lambda _: dtype)
+    local: dict[str, Any] = {"config": str(config_dir), "local_files_only": True}
+    # Names are changed in the dictionary that is given.
+    return {
+        name: cls.from_single_file(dict(weights), subfolder=name, device=device, torch_dtype=dtype, **local)
+        for name, cls in _LARGE_PARTS.items()
+    }
 
 
 def _report(

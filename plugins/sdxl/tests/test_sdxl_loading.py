@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from ourvidz_sdxl.generation import choose_model
 from ourvidz_sdxl.layout import CONFIG_FILES
-from ourvidz_sdxl.pipeline import load_pipeline
+from ourvidz_sdxl.pipeline import load_pipeline, parts_of_checkpoint, parts_of_directory
 from ourvidz_sdxl.settings import SdxlSettings, UnknownVariant
 from ourvidz_sdxl.variants import SdxlVariant
 from sdxl_support import job, load_example, made, pixels, warm_model
@@ -159,3 +160,23 @@ def test_model_is_built_the_same_from_the_same_seed() -> None:
     name = "conv_in.weight"
     assert torch.equal(one.unet.state_dict()[name], other.unet.state_dict()[name])
     assert not torch.equal(one.unet.state_dict()[name], third.unet.state_dict()[name])
+
+
+def test_what_is_read_straight_to_a_device_is_what_diffusers_loads(
+    tiny_model: Path, checkpoint: tuple[Path, Path]
+) -> None:
+    path, config_dir = checkpoint
+    expected = StableDiffusionXLPipeline.from_pretrained(str(tiny_model), dtype=torch.bfloat16, add_watermarker=False)
+    for parts in (
+        parts_of_directory(tiny_model, "cpu", torch.bfloat16),
+        parts_of_checkpoint(path, "cpu", torch.bfloat16, config_dir),
+    ):
+        assert parts.keys() == {"unet", "vae"}
+        for name, part in parts.items():
+            theirs = getattr(expected, name).state_dict()
+            ours = part.state_dict()
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    # And the pipeline takes them.
+    taken = StableDiffusionXLPipeline.from_pretrained(str(tiny_model), dtype=torch.bfloat16, **parts)
+    assert taken.unet is parts["unet"]
