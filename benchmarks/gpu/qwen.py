@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.clock import allocated, timed
+from benchmarks.gpu.clock import GIB, Timed, allocated, timed
 from benchmarks.gpu.models import Models
 from benchmarks.gpu.rows import Measured, Scale
 
@@ -28,17 +30,8 @@ class Qwen:
     def measure(self, row: str) -> Measured:  # noqa: ARG002 - there is one
         """Both, one after the other, so that each has the memory to itself."""
         scale = self._scale
-        from ourvidz_wan_enhanced.local import load_writer
-
-        writer: Any = load_writer(self._directory, device=scale.device)
-        seed, read = self._seed(writer)
-        ours = timed(lambda: self._write(writer, seed), scale.device, repeats=scale.repeats)
-        del writer
-        if scale.device != "cpu":
-            import gc
-
-            gc.collect()
-            torch.cuda.empty_cache()
+        ours, read = self._ours()
+        gc.collect()
         left = allocated(scale.device)
         plain = self._plain(read)
         facts = {"tokens": ours.value.tokens, "tokens_read": read}
@@ -48,9 +41,17 @@ class Qwen:
             ours=ours.seconds,
             alternative=plain.seconds,
             peak=ours.peak,
-            alternative_peak=None if plain.peak is None else plain.peak - left / 2**30,
+            alternative_peak=None if plain.peak is None else plain.peak - left / GIB,
             facts=facts,
         )
+
+    def _ours(self) -> tuple[Timed[Any], int]:
+        """The writer's time, and how many tokens it reads. Nothing of the writer is left."""
+        from ourvidz_wan_enhanced.local import load_writer
+
+        writer = load_writer(self._directory, device=self._scale.device)
+        seed, read = self._seed(writer)
+        return timed(partial(self._write, writer, seed), self._scale.device, repeats=self._scale.repeats), read
 
     def _write(self, writer: Any, seed: int) -> Any:
         from ourvidz_wan_enhanced.effort import Effort

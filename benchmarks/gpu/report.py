@@ -21,8 +21,15 @@ LIBRARIES = ("torch", "triton", "diffusers", "transformers", "fa3-fwd")
 
 def as_table(outcomes: Sequence[Outcome], *, markdown: bool = False) -> str:
     """A line for each row; below them why rows are missing, and what else is true of the others."""
-    notes = [f"{outcome.row}: {note}" for outcome in outcomes if (note := _note(outcome))]
-    return "\n".join([table(HEAD, map(_cells, outcomes), markdown=markdown), *([""] if notes else []), *notes])
+    rows = table(HEAD, map(_cells, outcomes), markdown=markdown)
+    notes = [note for outcome in outcomes if (note := note_of(outcome))]
+    return "\n".join([rows, "", *notes] if notes else [rows])
+
+
+def as_line(outcome: Outcome) -> str:
+    """One row as it comes, with what else is true of it."""
+    cells = [cell for cell in _cells(outcome) if cell]
+    return "  ".join(cells) + (f"\n    {note}" if (note := note_of(outcome)) else "")
 
 
 def as_json(outcomes: Sequence[Outcome], machine: dict[str, Any]) -> dict[str, Any]:
@@ -100,10 +107,12 @@ def _figure(value: float | None, unit: str) -> str:
     return f"{value:.1e}" if not unit else f"{value:.3g} {unit}"
 
 
-def _note(outcome: Outcome) -> str:
+def note_of(outcome: Outcome) -> str:
+    """Why a row is missing, or what else is true of it; empty where there is nothing to say."""
     if outcome.measured is None:
-        return f"{outcome.status}: {outcome.reason}"
-    return ", ".join(f"{name} {_said(value)}" for name, value in outcome.measured.facts.items())
+        return f"{outcome.row}: {outcome.status}: {outcome.reason}"
+    facts = ", ".join(f"{name} {_said(value)}" for name, value in outcome.measured.facts.items())
+    return f"{outcome.row}: {facts}" if facts else ""
 
 
 def _said(value: object) -> str:

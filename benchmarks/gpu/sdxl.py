@@ -104,14 +104,15 @@ class Sdxl:
             guidance_scale=GUIDANCE,
         )
 
-        def keep(_step: int, _total: int, latents: torch.Tensor) -> None:
-            self._last = latents
+        def keep(step: int, total: int, latents: torch.Tensor) -> None:
+            if step == total:
+                self._last = latents.clone()
 
         drawn = self._ours.draw(request, sampling=Samplings(SdxlSettings()), on_step=keep)
         with ThreadPoolExecutor(count) as pool:
             paths = [self._out / f"ours-{index}.png" for index in range(count)]
-            list(pool.map(lambda image, path: write_png(image, path, {}), drawn.images, paths))
-        return {"batches": "+".join(map(str, drawn.batch_sizes))}
+            list(pool.map(lambda picture, path: write_png(picture.image(), path, {}), drawn.pictures, paths))
+        return {"batches": "+".join(map(str, drawn.batch_sizes)), "compiled": drawn.is_compiled}
 
     def _run_plain(self, count: int, steps: int) -> None:
         images = self._plain(**self._asked(count, steps)).images
