@@ -117,6 +117,8 @@ class SdxlPipeline:
         #: Its place on the device, among other models.
         self.residence: Residence = AlwaysResident()
         self.prompts = PromptEncoder(base, device)
+        # On the device from the start: a copy to it would wait for all that it still has to do.
+        self._latent_statistics = _latent_statistics(base.vae.config, device)
         self._own_scheduler = base.scheduler
         self._extras: dict[str, Any] = {}
         self._unet = FastUnet(base.unet, compiled_unet(base.unet, device))
@@ -313,14 +315,17 @@ class SdxlPipeline:
         return scaled.to(next(self.base.vae.decoder.parameters()).dtype)
 
     def _latent_scale(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self.base.vae.config
-        spread = config.latents_std or [1.0] * config.latent_channels
-        return torch.tensor(spread).view(1, -1, 1, 1).to(latents) / config.scaling_factor
+        return self._latent_statistics[0].to(latents.dtype)
 
     def _latent_mean(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self.base.vae.config
-        mean = config.latents_mean or [0.0] * config.latent_channels
-        return torch.tensor(mean).view(1, -1, 1, 1).to(latents)
+        return self._latent_statistics[1].to(latents.dtype)
+
+
+def _latent_statistics(config: Any, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the decoder's latents are multiplied by and what is added then, by channel."""
+    spread = torch.tensor(config.latents_std or [1.0] * config.latent_channels) / config.scaling_factor
+    mean = torch.tensor(config.latents_mean or [0.0] * config.latent_channels)
+    return spread.view(1, -1, 1, 1).to(device), mean.view(1, -1, 1, 1).to(device)
 
 
 def _lighten_decoder(vae: Any, dtype: torch.dtype) -> None:

@@ -55,6 +55,9 @@ class FastUnet:
         if self._is_plain:
             self._ran_compiled = False
             return self._plain(sample, timestep, encoder_hidden_states, **options)
+        if isinstance(timestep, torch.Tensor):
+            # Some solvers count in whole numbers; the UNet makes this of them, and would need a graph for each kind.
+            timestep = timestep.float()
         shape = (sample.shape, encoder_hidden_states.shape)
         is_compiled = self.may_be_compiled and self._shapes.take(shape)
         made = self._graphed(is_compiled, sample, timestep, encoder_hidden_states, **options)
