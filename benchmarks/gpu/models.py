@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from attrs import frozen
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -50,8 +49,6 @@ class Models:
             directory.mkdir(parents=True)
             make(directory)
             (directory / DONE).touch()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
         return directory
 
 
@@ -87,9 +84,11 @@ def _small_qwen(directory: Path) -> None:
     example("tiny_qwen").save(directory, is_random=True)
 
 
-def _on_gpu(make: Callable[[], Any], dtype: torch.dtype = torch.bfloat16) -> Any:
+def _on_gpu(make: Callable[[], Any], dtype: str = "bfloat16") -> Any:
+    import torch
+
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device("cuda"), torch.no_grad():
             return make().eval()
@@ -98,13 +97,14 @@ def _on_gpu(make: Callable[[], Any], dtype: torch.dtype = torch.bfloat16) -> Any
 
 
 def _wan(directory: Path) -> None:
+    import torch
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
     transformer = _on_gpu(lambda: WanTransformer3DModel(**_shipped("transformer")))
     text_encoder = _on_gpu(lambda: UMT5EncoderModel(UMT5Config(**_shipped("text_encoder"))))
-    vae = _on_gpu(lambda: AutoencoderKLWan(**_shipped("vae")), torch.float32)
+    vae = _on_gpu(lambda: AutoencoderKLWan(**_shipped("vae")), "float32")
     with torch.no_grad():
         seen = vae.decode(torch.randn(1, 16, 1, 30, 52, device="cuda"), return_dict=False)[0]
         # Pictures fill their range: grey ones would be encoded in no time.
@@ -127,6 +127,7 @@ def _shipped(name: str) -> dict[str, Any]:
 
 
 def _sdxl(directory: Path) -> None:
+    import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -215,6 +216,7 @@ def _sdxl(directory: Path) -> None:
 
 
 def _qwen(directory: Path) -> None:
+    import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = _qwen_tokenizer()

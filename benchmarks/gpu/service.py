@@ -237,7 +237,9 @@ class RunningWorker:
 
     def began(self, skipped: int) -> float:
         """When the first job after ``skipped`` others began, in seconds since the epoch."""
-        began = {body["job_id"]: at for body, at in reversed(self._callbacks()) if body["status"] == "processing"}
+        began: dict[str, float] = {
+            body["job_id"]: at for body, at in reversed(self._callbacks()) if body["status"] == "processing"
+        }
         return sorted(began.values())[skipped]
 
     def ended(self) -> float:
@@ -322,4 +324,4 @@ def _used_gib() -> float | None:
     import pynvml
 
     device = _first_gpu()
-    return None if device is None else float(pynvml.nvmlDeviceGetMemoryInfo(device).used) / 2**30
+    return None if device is None else float(pynvml.nvmlDeviceGetMemoryInfo(device).used / 2**30)

@@ -1,0 +1,117 @@
+"""The GPU's benchmark: a row that fails or hangs takes no other with it, and its table says what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import attrs
+import pytest
+
+from benchmarks.gpu import __main__ as benchmark
+from benchmarks.gpu import report
+from benchmarks.gpu.measure import measure
+from benchmarks.gpu.rows import BY_NAME, ROWS, Measured, Outcome, Skipped, choose
+
+
+def measured(row: str, ours: float, **others: float) -> Outcome:
+    return Outcome(row=row, status="measured", measured=Measured(ours=ours, **others))
+
+
+def test_the_floors_are_those_that_were_worked_out_for_an_h200() -> None:
+    floors = {row.name: round(row.floor, 2) for row in ROWS if row.floor is not None and row.unit == "s"}
+    assert floors == {
+        "wan81": 18.37,
+        "wan1": 0.29,
+        "wan81_50": 36.38,
+        "sdxl1": 0.44,
+        "sdxl6": 2.64,
+        "qwen150": 0.55,
+    }
+
+
+def test_rows_are_chosen_by_name_and_measured_in_the_table_s_order() -> None:
+    assert [row.name for row in choose("sdxl1, wan81")] == ["wan81", "sdxl1"]
+    assert choose(None) == list(ROWS)
+    with pytest.raises(ValueError, match="no row is called wan80"):
+        choose("wan81,wan80")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "is_met"),
+    [
+        (measured("wan81", 24.0, alternative=34.0), True),
+        (measured("wan81", 24.0, alternative=30.0), False),  # fast enough, but not by the ratio
+        (measured("wan81", 26.0, alternative=40.0), False),
+        (measured("mixed30", 96.0), True),
+        (measured("mixed30", 94.0), False),
+        (measured("wan_exact", 1e-3), True),
+        (Outcome(row="wan81", status="failed"), None),
+    ],
+)
+def test_a_target_is_met_by_time_and_ratio_and_in_its_own_direction(outcome: Outcome, is_met: bool | None) -> None:
+    assert outcome.is_met is is_met
+
+
+def test_the_table_shows_what_was_measured_and_why_the_rest_was_not(tmp_path: Path) -> None:
+    outcomes = [
+        measured("wan81", 24.0, alternative=34.0, peak=21.5, alternative_peak=30.0),
+        Outcome(row="gpus2", status="skipped", reason="this machine has 1 GPUs"),
+    ]
+    shown = report.as_table(outcomes)
+    cells = re.split(r" {2,}", shown.splitlines()[1])
+    assert cells[2:] == ["24 s", "34 s diffusers", "1.42x", "25 s and 1.35x", "18.4 s", "21.5 / 30.0", "yes"]
+    assert "gpus2: skipped: this machine has 1 GPUs" in shown
+
+    report.write(tmp_path / "gpu.json", outcomes, {"gpus": ["H200"]})
+    written = json.loads((tmp_path / "gpu.json").read_text("utf-8"))
+    first, second = written["rows"]
+    assert first["ratio"] == pytest.approx(34 / 24)
+    assert (first["is_met"], first["measured"]["peak"], first["target_ratio"]) == (True, 21.5, 1.35)
+    assert (second["is_met"], second["measured"]) == (None, None)
+
+
+def test_a_row_that_takes_too_long_is_given_up_and_the_others_are_measured(tmp_path: Path) -> None:
+    slow = attrs.evolve(BY_NAME["gpus2"], limit=0.05)
+    quick = BY_NAME["gpus4"]
+    outcomes: list[Outcome] = []
+    benchmark.run([slow, quick], models=tmp_path, is_small=True, work=tmp_path, on_outcome=outcomes.append)
+    assert [(outcome.row, outcome.status) for outcome in outcomes] == [("gpus2", "failed"), ("gpus4", "skipped")]
+    assert outcomes[0].reason == "not done within 0 s"
+
+
+def test_a_row_that_fails_is_told_with_its_reason_and_the_next_is_measured() -> None:
+    class Group:
+        def measure(self, row: str) -> Measured:
+            if row == "wan81":
+                raise RuntimeError("CUDA error: out of luck")
+            if row == "wan1":
+                raise Skipped("not today")
+            return Measured(ours=1.0)
+
+    said: list[dict[str, object]] = []
+    measure(Group, ["wan81", "wan1", "wan81_50"], said.append)
+    outcomes = [line for line in said if "row" in line]
+    assert [(line["row"], line["status"]) for line in outcomes] == [
+        ("wan81", "failed"),
+        ("wan1", "skipped"),
+        ("wan81_50", "measured"),
+    ]
+    assert "out of luck" in str(outcomes[0]["reason"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_every_row_can_be_measured_with_tiny_models(tmp_path: Path) -> None:
+    assert benchmark.main(["--small", f"--models={tmp_path}", f"--json={tmp_path / 'gpu.json'}"]) == 0
+
+    rows = {row["row"]: row for row in json.loads((tmp_path / "gpu.json").read_text("utf-8"))["rows"]}
+    assert list(rows) == list(BY_NAME)
+    without_gpu = {"gpus2", "gpus4"} | ({"wan81_fast"} if rows["wan81_fast"]["status"] == "skipped" else set())
+    assert {name for name, row in rows.items() if row["status"] == "skipped"} == without_gpu
+    for name in ("wan81", "wan1", "sdxl1", "sdxl6", "qwen150"):
+        assert rows[name]["measured"]["alternative"] > 0
+    for name in ("wan_exact", "sdxl_exact", "exact_small"):
+        assert rows[name]["measured"]["ours"] < 1e-4
+    assert rows["mixed30"]["measured"]["ours"] > 0
