@@ -23,6 +23,7 @@ from ourvidz_core.errors import (
 from ourvidz_core.plugins.context import JobContext, Models
 from ourvidz_core.plugins.defaults import default_config, default_job, expected_seconds_of
 from ourvidz_core.plugins.hookspecs import hookimpl
+from ourvidz_core.plugins.residency import Residence, Work
 from ourvidz_core.settings import load_section
 from ourvidz_core.wire.artifacts import Artifact, Generation
 from ourvidz_core.wire.commands import Command
@@ -91,6 +92,8 @@ __all__ = [
     "ReferenceMode",
     "References",
     "ReferencesFetched",
+    "Residence",
+    "Work",
     "default_config",
     "default_job",
     "expected_seconds_of",

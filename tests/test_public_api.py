@@ -58,6 +58,8 @@ NAMES = [
     "ReferenceMode",
     "References",
     "ReferencesFetched",
+    "Residence",
+    "Work",
     "default_config",
     "default_job",
     "expected_seconds_of",
