@@ -120,10 +120,13 @@ class GraphedCall:
 
         while len(self._graphs) >= self._capacity:
             self._graphs.popitem(last=False)
+        stream = torch.cuda.current_stream(device)
         try:
             with torch.cuda.device(device):
                 return self._capture(leaves, unflatten, device)
         except Exception as error:  # whatever the device says against a capture, the function itself may do
+            # A capture that breaks leaves its own stream in place.
+            torch.cuda.set_stream(stream)
             reason = str(error).strip().splitlines() or [type(error).__name__]
         # Only here has the exception let go of the tensors in its frames.
         logger.warning("%s runs without a CUDA graph, and slower: %s", self._name, reason[0])

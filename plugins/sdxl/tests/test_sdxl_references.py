@@ -13,11 +13,13 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, StableDiffusionXLPipeline
 from ourvidz_sdxl.edges import edge_map
 from ourvidz_sdxl.references import fit_reference, steps_for_strength
+from ourvidz_sdxl.speed import fuse_projections
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from sdxl_support import job, load_example, made, pixels, warm_model
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.pictures import read_facts
 from ourvidz_core.errors import ModelUnavailable
 from ourvidz_core.testing.doubles import RecordingContext
@@ -235,6 +237,25 @@ def test_ip_adapter_image_of_a_batch_is_the_image_of_its_seed(
     batch = made(in_few_steps(reference_png, reference_type="character", num_images=3), new_context(**settings))
     single = made(in_few_steps(reference_png, reference_type="character", seed=32), new_context(**settings))
     assert np.abs(pixels(batch.artifacts[2]) - pixels(single.artifacts[0])).max() <= 1
+
+
+def test_ip_adapter_goes_with_fused_projections_and_leaves_them_as_they_were(
+    new_context: NewContext, reference_png: Path, ip_adapter: Path, image_encoder: Path
+) -> None:
+    settings = {"ip_adapter_face": ip_adapter, "ip_adapter_image_encoder": image_encoder}
+    a_job = in_few_steps(reference_png, reference_type="character", num_inference_steps=2)
+    expected = pixels(made(a_job, new_context(**settings)).artifacts[0])
+    models = ModelCache()
+    made(job(config={"num_inference_steps": 1}), new_context(models=models))
+    unet = warm_model(new_context(models=models)).base.unet
+    fuse_projections(unet)  # as on a GPU
+    processors = dict(unet.attn_processors)
+
+    picture = pixels(made(a_job, new_context(models=models, **settings)).artifacts[0])
+
+    assert np.abs(picture - expected).max() <= 1
+    # What was compiled, was compiled with these.
+    assert all(unet.attn_processors[name] is processor for name, processor in processors.items())
 
 
 def test_controlnet_acts_where_it_is_configured(new_context: NewContext, reference_png: Path, controlnet: Path) -> None:
