@@ -13,6 +13,7 @@ fails or takes too long is reported, and the others go on. The JSON is written a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import queue
 import subprocess
@@ -26,12 +27,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import cattrs
+import psutil
 
 from benchmarks.gpu import report
 from benchmarks.gpu.rows import ROWS, Outcome, Row, choose
 
 Say = Callable[[Outcome], None]
 REASON = 900
+#: A process has this long to end its worker and itself.
+CLOSE_SECONDS = 20.0
 
 
 def run(rows: Sequence[Row], *, models: Path, is_small: bool, work: Path, on_outcome: Say) -> None:
@@ -56,6 +60,7 @@ def _group(group: str, rows: Sequence[Row], *, models: Path, is_small: bool, wor
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, cwd=Path(__file__).parents[2])
     assert process.stdout is not None
     lines = _lines(process.stdout)
+    is_whole = False
     try:
         for row in rows:
             deadline = time.monotonic() + row.limit
@@ -73,21 +78,26 @@ def _group(group: str, rows: Sequence[Row], *, models: Path, is_small: bool, wor
                 if "row" in said:
                     outcome = cattrs.structure(said, Outcome)
             yield outcome
+        is_whole = True
     finally:
-        # Asked first, so that a worker that it started ends with it.
-        if not _ends(process, 0.0 if sys.exc_info()[0] else 20.0):
-            process.terminate()
-            if not _ends(process, 20.0):
-                process.kill()
-                process.wait()
+        _end(process, CLOSE_SECONDS if is_whole else 0.0)
 
 
-def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+def _end(process: subprocess.Popen[bytes], patience: float) -> None:
+    """End a process and what it started: by itself, then asked, then by force."""
+    with contextlib.suppress(psutil.NoSuchProcess, subprocess.TimeoutExpired):
+        process.wait(patience)
+    left = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        left = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(CLOSE_SECONDS)
+    process.kill()
+    process.wait()
+    for child in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def _lines(stream: IO[bytes]) -> queue.Queue[dict[str, Any] | None]:

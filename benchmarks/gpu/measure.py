@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import traceback
@@ -68,6 +69,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
+    # An exception, so that a worker that was started is ended.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))
     warnings.filterwarnings("ignore", category=FutureWarning)
     scale = SMALL if given.small else FULL
     # Whatever a library prints goes where the errors go.
