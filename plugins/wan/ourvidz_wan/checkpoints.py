@@ -29,6 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ourvidz_core.engine.models import AlwaysResident
 from ourvidz_core.engine.variants import FILE_NAME, read_variant
+from ourvidz_core.engine.weight_files import read_module
 from ourvidz_core.errors import ModelUnavailable
 from ourvidz_core.plugins.residency import Residence
 from ourvidz_wan.acceleration import Acceleration, prepare_transformer
@@ -117,7 +118,9 @@ def load_models(
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     variant = read_variant(ckpt_dir, WanVariant)
     try:
-        components = _components(ckpt_dir, task, dtype)
+        components = _components(ckpt_dir, task, dtype, torch.device("cpu") if offload else place)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelUnavailable(f"the weights of {task.name} in {ckpt_dir} cannot be used: {error}") from error
     modules = [component for component in components.values() if isinstance(component, torch.nn.Module)]
@@ -158,9 +161,11 @@ def load_transformer(ckpt_dir: Path, task: Task, *, device: torch.device, dtype:
     disable_progress_bar()
     try:
         if is_diffusers(ckpt_dir):
-            transformer = _diffusers_transformer(ckpt_dir, task, dtype)
+            transformer = _diffusers_transformer(ckpt_dir, task, dtype, device)
         else:
             transformer = _native_transformer(transformer_files(ckpt_dir), task, dtype)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
         raise ModelUnavailable(f"the transformer of {task.name} in {ckpt_dir} cannot be used: {error}") from error
     transformer.eval().requires_grad_(False).to(device)
@@ -194,19 +199,21 @@ def convert_checkpoint(source: Path, target: Path, task: Task, *, dtype: torch.d
         unfinished.rename(target)
 
 
-def _components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dict[str, Any]:
+def _components(ckpt_dir: Path, task: Task, dtype: torch.dtype, place: torch.device) -> dict[str, Any]:
     if is_diffusers(ckpt_dir):
-        return _diffusers_components(ckpt_dir, task, dtype)
+        return _diffusers_components(ckpt_dir, task, dtype, place)
     return _native_components(ckpt_dir, task, dtype)
 
 
-def _diffusers_components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dict[str, Any]:
+def _diffusers_components(ckpt_dir: Path, task: Task, dtype: torch.dtype, place: torch.device) -> dict[str, Any]:
     vae_class: Any = AutoencoderKLWan
     local: dict[str, Any] = {"local_files_only": True}
+    # transformers reads by several threads, and straight to a GPU where it is told one.
+    onto: dict[str, Any] = {"device_map": {"": place}} if place.type == "cuda" else {}
     components = {
         "tokenizer": AutoTokenizer.from_pretrained(ckpt_dir / "tokenizer", **local),
-        "text_encoder": UMT5EncoderModel.from_pretrained(ckpt_dir / "text_encoder", dtype=dtype, **local),
-        "transformer": _diffusers_transformer(ckpt_dir, task, dtype),
+        "text_encoder": UMT5EncoderModel.from_pretrained(ckpt_dir / "text_encoder", dtype=dtype, **local, **onto),
+        "transformer": _diffusers_transformer(ckpt_dir, task, dtype, place),
         "vae": vae_class.from_pretrained(ckpt_dir / "vae", torch_dtype=torch.float32, **local),
     }
     if task.pipeline is Pipeline.IMAGE:
@@ -219,8 +226,13 @@ def _diffusers_components(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> dic
     return components
 
 
-def _diffusers_transformer(ckpt_dir: Path, task: Task, dtype: torch.dtype) -> torch.nn.Module:
+def _diffusers_transformer(ckpt_dir: Path, task: Task, dtype: torch.dtype, place: torch.device) -> torch.nn.Module:
     transformer_class: Any = getattr(diffusers, TRANSFORMERS[task.pipeline])
+    if place.type == "cuda":
+        directory, kept = ckpt_dir / "transformer", transformer_class._keep_in_fp32_modules
+        read = read_module(transformer_class, directory, device=place, dtype=dtype, kept_in_float32=kept)
+        if read is not None:
+            return read
     transformer: torch.nn.Module = transformer_class.from_pretrained(
         ckpt_dir / "transformer", torch_dtype=dtype, local_files_only=True
     )

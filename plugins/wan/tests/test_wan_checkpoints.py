@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import WanTransformer3DModel
 from ourvidz_wan.checkpoints import load_models
 from ourvidz_wan.cli import wan
 from ourvidz_wan.sampling import sample
 from ourvidz_wan.tasks import TASKS
 from safetensors.torch import load_file
 
+from ourvidz_core.engine.weight_files import read_module
 from ourvidz_core.errors import ModelUnavailable
 
 T2V = TASKS["t2v-1.3B"]
@@ -73,6 +75,21 @@ def test_what_must_stay_in_float32_does(layout, model_dir, native_dir):
     assert loaded.transformer.dtype is torch.bfloat16
     assert {parameter.dtype for parameter in loaded.vae.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in loaded.text_encoder.parameters()} == {torch.bfloat16}
+
+
+def test_a_transformer_that_is_read_straight_to_a_device_is_what_diffusers_loads(model_dir):
+    directory, cls = model_dir / "transformer", WanTransformer3DModel
+    theirs = cls.from_pretrained(directory, torch_dtype=torch.bfloat16, local_files_only=True)
+    kept = cls._keep_in_fp32_modules
+    ours = read_module(cls, directory, device="cpu", dtype=torch.bfloat16, kept_in_float32=kept)
+    assert ours is not None
+    assert ours.dtype is theirs.dtype
+    for state_of in (lambda module: module.state_dict(), lambda module: dict(module.named_buffers())):
+        mine, other = state_of(ours), state_of(theirs)
+        assert mine.keys() == other.keys()
+        for name, tensor in mine.items():
+            assert tensor.dtype is other[name].dtype, name
+            assert torch.equal(tensor, other[name]), name
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "native"])
