@@ -11,6 +11,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def may_compile(device: str, environ: Mapping[str, str] = os.environ) -> bool:
     if not device.startswith("cuda") or load(environ).compile is CompileMode.OFF:
         return False
     if missing := _missing(device, environ):
-        logger.warning("nothing is compiled for %s, and models run slower: %s", device, missing)
+        _say_once(device, missing)
         return False
     import torch._dynamo
 
@@ -110,9 +111,16 @@ def _missing(device: str, environ: Mapping[str, str]) -> str | None:
         return "the device is too old for Triton"
     if not environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
         return "there is no C compiler; install gcc"
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+    # Where Triton looks: Debian's own scheme would name a directory that its packages leave empty.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").is_file():
         return "Python.h is missing; install Python's development files"
     return None
+
+
+@cache
+def _say_once(device: str, missing: str) -> None:
+    logger.warning("nothing is compiled for %s, and models run slower: %s", device, missing)
 
 
 def _is_writable(directory: Path) -> bool:
