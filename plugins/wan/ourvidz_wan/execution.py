@@ -122,11 +122,8 @@ def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
         return
     from ourvidz_wan.generate import run
 
-    presets: list[WanConfig] = [job_type.preset for job_type in job_types]
-    shapes = {(presets[0].size, 1): presets[0]}
-    if context.device.startswith("cuda"):
-        shapes |= {(preset.size, preset.frame_num): preset for preset in presets}
-    for (size, frame_num), preset in shapes.items():
+    config: WanConfig = job_types[0].preset
+    for size, frame_num in shapes_to_warm(job_types, context.device):
         options = {
             "task": TASK,
             "ckpt_dir": _ckpt_dir(TASK, settings),
@@ -134,7 +131,7 @@ def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
             "frame_num": frame_num,
             "sample_steps": 1,
             # With guidance the negative prompt is encoded, too, and it is that of nearly all jobs.
-            "sample_guide_scale": preset.sample_guide_scale,
+            "sample_guide_scale": config.sample_guide_scale,
             "base_seed": 0,
             "offload_model": settings.offload_model,
             "prompt": "",
@@ -142,6 +139,18 @@ def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
         }
         arguments = _checked([f"--{name}={value}" for name, value in options.items()])
         run(arguments, _warm(arguments, context), context.progress)
+
+
+def shapes_to_warm(job_types: Sequence[JobType], device: str) -> list[tuple[str, int]]:
+    """Sizes and numbers of frames that a warm-up makes: an image, and on a GPU what each preset makes.
+
+    Elsewhere nothing is compiled, and a video takes long.
+    """
+    presets: list[WanConfig] = [job_type.preset for job_type in job_types]
+    image = (presets[0].size, 1)
+    if not device.startswith("cuda"):
+        return [image]
+    return list(dict.fromkeys([image, *((preset.size, preset.frame_num) for preset in presets)]))
 
 
 def command_environment(settings: WanSettings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -10,7 +10,7 @@ import sys
 import av
 import numpy as np
 import pytest
-from ourvidz_wan.video import XMP_BOX, read_facts, read_video, write_video
+from ourvidz_wan.video import XMP_BOX, VideoWriter, read_facts, read_video, write_video
 
 from ourvidz_core.engine.provenance import DIGITAL_SOURCE_TYPE
 
@@ -112,3 +112,26 @@ def test_odd_sides_grow_to_even_ones(height, width, tmp_path):
     shown = read_video(path)
     assert shown.shape[1:3] == (written[1], written[0])
     assert np.abs(shown[:, :height, :width].astype(int) - moving(5, height, width)).mean() < 6
+
+
+def test_frames_that_come_in_parts_make_the_same_file(video, tmp_path):
+    path = tmp_path / "parts.mp4"
+    writer = VideoWriter(path, FACTS, fps=16)
+    for part in np.split(moving(), [1, 5]):
+        writer.add(part)
+    writer.end()
+    assert writer.wait() == (48, 80)
+    assert path.read_bytes() == video.read_bytes()
+
+
+def test_what_goes_wrong_while_parts_are_written_is_raised_in_the_end(tmp_path):
+    writer = VideoWriter(tmp_path / "nowhere" / "moving.mp4", FACTS, fps=16)
+    writer.add(moving())
+    writer.end()
+    with pytest.raises(FileNotFoundError):
+        writer.wait()
+
+
+def test_no_frames_are_no_video(tmp_path):
+    with pytest.raises(ValueError, match=r"no frames to write to empty\.mp4"):
+        write_video([], tmp_path / "empty.mp4", FACTS, fps=16)

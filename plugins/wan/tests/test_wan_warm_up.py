@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ourvidz_wan import plugin
+from ourvidz_wan.execution import shapes_to_warm
 from ourvidz_wan.job_types import JOB_TYPES
 
 from ourvidz_core.engine.models import ModelCache
@@ -29,3 +30,8 @@ def test_nothing_is_loaded_for_a_script_that_loads_its_own(tmp_path, model_dir):
     plugin.warm_up(context=RecordingContext(tmp_path, environ=environ, models=models), job_types=JOB_TYPES)
 
     assert models.keys == ()
+
+
+def test_a_gpu_is_warmed_for_every_shape_that_presets_have():
+    assert shapes_to_warm(JOB_TYPES, "cpu") == [("480*832", 1)]
+    assert shapes_to_warm(JOB_TYPES, "cuda:0") == [("480*832", 1), ("480*832", 81)]

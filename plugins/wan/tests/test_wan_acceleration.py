@@ -1,0 +1,101 @@
+"""What makes the transformer fast on a GPU calculates what diffusers does; shown on a CPU, in float32."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from ourvidz_wan import acceleration, attention
+from ourvidz_wan.acceleration import compile_blocks, fuse_gelu, fuse_projections, prepare_transformer, use_kernel
+from ourvidz_wan.attention import Kernel, attend, best_kernel
+from ourvidz_wan.prediction import LocalPredictor
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pipelines(tiny_wan):
+    """A text-to-video model and a VACE model."""
+    return {kind: tiny_wan.make_pipeline(kind) for kind in ("t2v", "vace")}
+
+
+@pytest.fixture
+def transformer_of(pipelines):
+    """Fresh copies of their transformers."""
+
+    def transformer(kind="t2v"):
+        return copy.deepcopy(pipelines[kind].transformer).eval().requires_grad_(False)
+
+    return transformer
+
+
+def inputs(kind="t2v", rows=1):
+    generator = torch.Generator().manual_seed(1)
+    given = {
+        "hidden_states": torch.randn((rows, 16, 3, 10, 6), generator=generator),
+        "timestep": torch.full((rows,), 700),
+        "encoder_hidden_states": torch.randn((rows, 512, 32), generator=generator),
+    }
+    if kind == "vace":
+        given["control_hidden_states"] = torch.randn((rows, 96, 3, 10, 6), generator=generator)
+    return given
+
+
+def predicted(transformer, **given):
+    return transformer(**given, return_dict=False)[0]
+
+
+@pytest.fixture
+def flash_3_stand_in(monkeypatch):
+    """FlashAttention 3 as some of its builds answer: with a second result."""
+    calls = []
+
+    def function(query, key, value):
+        calls.append(query.shape)
+        return attend(query, key, value, Kernel.TORCH).contiguous(), None
+
+    monkeypatch.setattr(attention, "_flash_3_function", lambda: function)
+    return calls
+
+
+@pytest.mark.parametrize("kernel", Kernel)
+def test_attention_and_rotation_are_those_of_diffusers(kernel, transformer_of, flash_3_stand_in):
+    plain, ours = transformer_of(), transformer_of()
+    use_kernel(ours, kernel)
+    torch.testing.assert_close(predicted(ours, **inputs()), predicted(plain, **inputs()), rtol=1e-5, atol=1e-6)
+    # In each of two blocks the video attends to itself and to the text.
+    assert len(flash_3_stand_in) == (4 if kernel is Kernel.FLASH_3 else 0)
+
+
+@pytest.mark.parametrize("kind", ["t2v", "vace"])
+def test_fused_and_compiled_blocks_predict_what_plain_ones_do(kind, transformer_of, monkeypatch, flash_3_stand_in):
+    # The compiler's front half: it refuses what cannot be compiled as one graph.
+    monkeypatch.setattr(acceleration, "BLOCK_OPTIONS", {"fullgraph": True, "backend": "eager"})
+    plain, ours = transformer_of(kind), transformer_of(kind)
+    use_kernel(ours, Kernel.FLASH_3)
+    fuse_projections(ours)
+    fuse_gelu(ours)
+    compiled = compile_blocks(ours)
+    torch.testing.assert_close(predicted(ours, **inputs(kind)), predicted(plain, **inputs(kind)), rtol=1e-5, atol=1e-6)
+    assert len(compiled) == (2 if kind == "vace" else 1)
+    assert all(call.is_compiled for call in compiled)
+    assert not any("to_q." in name and "attn1" in name for name, _ in ours.named_parameters())
+
+
+def test_a_cpu_keeps_the_transformer_of_diffusers(transformer_of):
+    transformer = transformer_of()
+    assert prepare_transformer(transformer, CPU) is None
+    assert best_kernel(CPU, torch.float32, 128) is Kernel.TORCH
+    assert torch.equal(predicted(transformer, **inputs()), predicted(transformer_of(), **inputs()))
+
+
+def test_branches_are_predicted_in_their_order(transformer_of):
+    transformer = transformer_of()
+    both = inputs(rows=2)
+    branches = [{"encoder_hidden_states": text[None]} for text in both["encoder_hidden_states"]]
+    with LocalPredictor(transformer, CPU).job(branches) as predict:
+        prompted, negative = predict(both["hidden_states"][:1], both["timestep"][:1])
+    for branch, prediction in zip(branches, (prompted, negative), strict=True):
+        assert torch.equal(prediction, predicted(transformer, **{**inputs(), **branch}))
+    assert not torch.equal(prompted, negative)
