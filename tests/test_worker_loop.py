@@ -22,6 +22,7 @@ from ourvidz_core.delivery.spool import DirectorySpool, Ending
 from ourvidz_core.errors import (
     CallbackUndelivered,
     EngineCrashed,
+    EngineLost,
     JobCancelled,
     JobError,
     OutOfMemory,
@@ -187,6 +188,27 @@ def test_a_job_that_lacks_memory_gets_one_more_try(bench_of: Callable[..., Bench
         2,
     )
     assert bench.engine.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("errors", "calls"),
+    [
+        ([EngineLost("it died of another job"), JobCancelled("by the plugin")], 2),
+        ([EngineLost("it died of another job"), EngineLost("and again")], 2),
+        ([EngineCrashed("it died of this one")], 1),
+    ],
+    ids=["once", "twice", "its own crash"],
+)
+def test_a_job_whose_engine_died_of_another_is_tried_again_at_no_cost_once(
+    bench_of: Callable[..., Bench], errors: list[JobError], calls: int
+) -> None:
+    bench = bench_of(*errors, until=Until.DRAINED, max_attempts=1)
+    bench.push("neighbour")
+    bench.thread.start()
+    bench.thread.join(10)
+    report = bench.reports("neighbour")[-1]
+    assert (report["status"], report["metadata"]["attempts"]) == ("failed", 1)
+    assert bench.engine.calls == calls
 
 
 @pytest.mark.parametrize("asked", [False, True], ids=["by default", "asked for"])
