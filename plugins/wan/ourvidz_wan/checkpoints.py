@@ -103,14 +103,22 @@ class WanModels:
 
 
 def load_models(
-    ckpt_dir: Path, task: Task, *, device: str = "cpu", offload: bool = False, dtype: torch.dtype | None = None
+    ckpt_dir: Path,
+    task: Task,
+    *,
+    device: str = "cpu",
+    offload: bool = False,
+    dtype: torch.dtype | None = None,
+    gpus: int = 1,
 ) -> WanModels:
     """Load the weights of ``task`` for ``device``.
 
     ``dtype`` is bfloat16 on a GPU and float32 elsewhere unless given; what has to stay in
-    float32 does. ``offload`` keeps each model in main memory until it works.
+    float32 does. ``offload`` keeps each model in main memory until it works. With more than
+    one of ``gpus`` others than ``device`` predict as well, in processes of their own.
 
     :raises ModelUnavailable: a file is missing, cannot be read or is not what its name says.
+    :raises GenerationError: there are not so many GPUs.
     """
     # Standard error carries the steps of a generation, and nothing is downloaded that one would wait for.
     disable_progress_bar()
@@ -142,13 +150,19 @@ def load_models(
             _move_off_files(module)
     _check_text_encoder(components["text_encoder"], ckpt_dir)
     transformer = components["transformer"]
+    acceleration = prepare_transformer(transformer, place)
+    predictor: Predictor = LocalPredictor(transformer, place, is_offloaded=offload)
+    if gpus > 1:
+        from ourvidz_wan.parallel.ranks import share_predictions
+
+        predictor = share_predictions(transformer, predictor, ckpt_dir, task, gpus=gpus, device=place)
     return WanModels(
         name=variant.name or ckpt_dir.name,
         variant=variant,
         device=place,
         pipeline=pipeline,
-        acceleration=prepare_transformer(transformer, place),
-        predictor=LocalPredictor(transformer, place, is_offloaded=offload),
+        acceleration=acceleration,
+        predictor=predictor,
         decoder=Decoder(components["vae"], place),
     )
 

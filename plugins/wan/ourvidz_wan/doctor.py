@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ourvidz_core.doctor.gpus import GpuReport, measure_gpus
 from ourvidz_core.doctor.model_files import checksum_faults, pipeline_faults, size_gb, weights_fault
 from ourvidz_core.engine.variants import find_model
 from ourvidz_core.plugins.hookspecs import ReadSettings
@@ -19,10 +20,14 @@ from ourvidz_wan.layout import (
     missing_native_files,
     transformer_files,
 )
+from ourvidz_wan.parallel.plan import plan_ranks
 
 MODEL_FAMILY = "wan"
 CKPT_VARIABLE = "OURVIDZ_WAN_CKPT_DIR"
 VACE_VARIABLE = "OURVIDZ_WAN_VACE_CKPT_DIR"
+GPUS_VARIABLE = "OURVIDZ_WAN_GPUS"
+#: The attention heads of the t2v-1.3B model, which all jobs run on.
+T2V_HEADS = 12
 _GET_AGAIN = "copy the checkpoint again, whole, and compare its files with the source's"
 
 
@@ -39,6 +44,11 @@ def wan_checks(settings: ReadSettings) -> Iterable[Check]:
             run=lambda: _compare_checksums(settings(WanSettings)),
             is_thorough=True,
             timeout_seconds=600.0,
+        ),
+        Check(
+            name="GPUs of ourvidz-wan",
+            run=lambda: gpu_findings(settings(WanSettings), measure_gpus),
+            timeout_seconds=70.0,
         ),
     )
 
@@ -64,6 +74,25 @@ def wan_findings(settings: WanSettings, job_types: Iterable[JobType]) -> Iterato
             cure="correct it, or unset it to run our own",
             job_types=names,
         )
+
+
+def gpu_findings(settings: WanSettings, measure: Callable[[], GpuReport]) -> Iterator[Finding]:
+    """Whether a job finds the GPUs that it shall use; nothing where it uses one, which others look at."""
+    if settings.gpus == 1:
+        return
+    report = measure()
+    plan = plan_ranks(settings.gpus, heads=T2V_HEADS)
+    if len(report.gpus) < plan.ranks:
+        reason = f" ({report.trouble})" if report.trouble else ""
+        yield Finding.red(
+            f"{GPUS_VARIABLE} is {settings.gpus} and {len(report.gpus)} can be seen{reason}",
+            cure=f"give the worker {plan.ranks} GPUs (CUDA_VISIBLE_DEVICES), or lower {GPUS_VARIABLE}",
+            job_types=[job_type.name for job_type in JOB_TYPES],
+        )
+    elif plan.ranks < settings.gpus:
+        yield Finding.yellow(f"a video runs on {plan.describe()}", cure=f"set {GPUS_VARIABLE} to {plan.ranks}")
+    else:
+        yield Finding.green(f"a video runs on {plan.describe()}")
 
 
 def _look_at(ckpt_dir: Path, variable: str, job_types: Iterable[str], *, is_ours: bool) -> Iterator[Finding]:

@@ -90,6 +90,8 @@ def build_wan_command(job: Job, context: JobContext) -> Command:
         # Our own options; another script's command line ends with those above.
         if uses_strength(job.reference_mode, is_video=not is_image):
             options["reference_strength"] = config.reference_strength
+        if settings.gpus > 1:
+            options["gpus"] = settings.gpus
         if settings.use_job_negative_prompt and job.negative_prompt is not None:
             options["negative_prompt"] = job.negative_prompt
     program = ("-m", MODULE) if settings.script is None else (str(settings.script),)
@@ -134,6 +136,7 @@ def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
             "sample_guide_scale": config.sample_guide_scale,
             "base_seed": 0,
             "offload_model": settings.offload_model,
+            "gpus": settings.gpus,
             "prompt": "",
             "save_file": context.output_path("png" if frame_num == 1 else "mp4"),
         }
@@ -226,7 +229,13 @@ def _warm(arguments: GenerateArguments, context: JobContext) -> WanModels:
     key = f"wan:{arguments.task.name}:{arguments.ckpt_dir}"
     models = context.models.get(
         key,
-        lambda: load_models(arguments.ckpt_dir, arguments.task, device=context.device, offload=arguments.offload_model),
+        lambda: load_models(
+            arguments.ckpt_dir,
+            arguments.task,
+            device=context.device,
+            offload=arguments.offload_model,
+            gpus=arguments.gpus,
+        ),
         vram_gb=0.0 if arguments.offload_model else WEIGHTS_GB.get(arguments.task.name, 0.0),
         # What is offloaded is moved by diffusers, whenever it works.
         parts=None if arguments.offload_model else lambda loaded: loaded.parts,

@@ -137,7 +137,9 @@ def _load(arguments: GenerateArguments) -> WanModels:
     from ourvidz_wan.checkpoints import load_models
 
     device = find_device() if arguments.device == "auto" else arguments.device
-    return load_models(arguments.ckpt_dir, arguments.task, device=device, offload=arguments.offload_model)
+    return load_models(
+        arguments.ckpt_dir, arguments.task, device=device, offload=arguments.offload_model, gpus=arguments.gpus
+    )
 
 
 @contextmanager

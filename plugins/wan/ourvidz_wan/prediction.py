@@ -24,6 +24,10 @@ LAUNCH_BOUND_TOKENS = 8192
 class Predictor(Protocol):
     """Whatever holds a transformer."""
 
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What a job's facts say of how the last one was predicted."""
+
     def job(self, branches: Sequence[Branch]) -> AbstractContextManager[Predict]:
         """A function that predicts for each of ``branches``, for the steps of one job."""
 
@@ -38,6 +42,11 @@ class LocalPredictor:
         self._patch_size: tuple[int, int, int] = transformer.config.patch_size
         self._replayed = GraphedCall(self._forward, name="the WAN transformer", module=transformer)
         self._may_replay = device.type == "cuda" and not is_offloaded
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Nothing that is not usual."""
+        return {}
 
     @contextmanager
     def job(self, branches: Sequence[Branch]) -> Iterator[Predict]:

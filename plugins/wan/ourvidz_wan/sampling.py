@@ -199,6 +199,7 @@ def _make_latents(arguments: GenerateArguments, models: WanModels, on_progress: 
         facts["references_ignored"] = ["end"]
     if models.acceleration is not None:
         facts |= models.acceleration.facts
+    facts |= models.predictor.facts
     facts |= models.decoder.facts
     return Latents(latents=latents, size=(width, height), fps=models.variant.fps, facts=facts)
 

@@ -171,7 +171,7 @@ def _shared_parts(transformer: Any) -> dict[str, Any]:
 def _set_parallel_config(transformer: Any, config: Any) -> None:
     transformer._parallel_config = config
     for module in transformer.modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = config
 

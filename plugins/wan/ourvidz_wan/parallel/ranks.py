@@ -396,8 +396,8 @@ _world: Ranks | None = None
 
 def share_predictions(
     transformer: Any, local: Predictor, ckpt_dir: Path, task: Task, *, gpus: int, device: torch.device
-) -> SharedPredictor | None:
-    """Have ``gpus`` GPUs predict for the ``transformer`` that this process loaded; None where one has to do.
+) -> Predictor:
+    """A predictor of ``gpus`` GPUs for the ``transformer`` that this process loaded; ``local`` where one has to do.
 
     That is so of all but text-to-video, whose steps diffusers takes. The other ranks live as long as
     this process, and hold a second model only where its plan is as large.
@@ -407,13 +407,14 @@ def share_predictions(
     """
     global _world  # noqa: PLW0603 - as torch.distributed: one world in a process
     plan = plan_ranks(gpus, heads=transformer.config.num_attention_heads)
-    is_new = _world is None or _world.is_closed
-    if plan.ranks == 1 or task.pipeline is not Pipeline.TEXT or not (is_new or plan.ranks == _world.size):
-        return None
-    if is_new:
-        _world = Ranks(plan.ranks, device)
-        atexit.register(_world.close)
-    return _world.share(transformer, local, ckpt_dir, task, plan)
+    world = None if _world is None or _world.is_closed else _world
+    if plan.ranks == 1 or task.pipeline is not Pipeline.TEXT or (world is not None and plan.ranks != world.size):
+        logger.warning("%s runs on one GPU of %d", task.name, gpus)
+        return local
+    if world is None:
+        world = _world = Ranks(plan.ranks, device)
+        atexit.register(world.close)
+    return world.share(transformer, local, ckpt_dir, task, plan)
 
 
 def devices_of(ranks: int, device: torch.device) -> list[torch.device]:
