@@ -1,0 +1,46 @@
+"""On a device too small for the whole model its parts take turns, and the frames are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import numpy as np
+import torch
+from ourvidz_wan.arguments import GenerateArguments
+from ourvidz_wan.checkpoints import WanModels, load_models
+from ourvidz_wan.sampling import sample
+from ourvidz_wan.tasks import TASKS
+
+from ourvidz_core.engine.device_memory import GIB
+from ourvidz_core.engine.models import ModelCache
+
+T2V = TASKS["t2v-1.3B"]
+
+
+def test_parts_take_turns_on_a_small_device(
+    models: WanModels,
+    model_dir: Path,
+    asking: Callable[..., GenerateArguments],
+    pictures: dict[str, Path],
+) -> None:
+    arguments = asking(frame_num=5, sample_steps=2, first_frame=pictures["lake"])
+    fresh = attrs.evolve(models, texts=type(models.texts)(), stills=type(models.stills)())
+    expected = sample(arguments, fresh, lambda step, total: None)
+    sizes = {name: sum(p.nbytes for p in part.parameters()) for name, part in models.parts.items()}
+    there: list[set[str]] = []
+    # On a CPU that counts as the device, weights move all the same, from one place in main memory to another.
+    # The VAE is by far the largest of the small model's parts.
+    cache = ModelCache(sizes["vae"] * 1.01 / GIB, find_device=lambda: torch.device("cpu"))
+    loaded = cache.get("wan", lambda: load_models(model_dir, T2V), parts=lambda model: model.parts)
+
+    made = sample(
+        arguments,
+        attrs.evolve(loaded, residence=cache.residence("wan")),
+        lambda step, total: there.append(set(cache.on_device)),
+    )
+
+    assert all("wan (transformer)" in names and "wan (vae)" not in names for names in there)
+    assert set(cache.on_device) == {"wan (vae)"}
+    assert np.array_equal(made.frames, expected.frames)
