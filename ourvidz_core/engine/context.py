@@ -79,6 +79,10 @@ class EngineContext:
         """Seconds until the deadline."""
         return self._deadline - time.monotonic()
 
+    def restart_clock(self) -> None:
+        """Give the job its time again: it has waited for others."""
+        self._deadline = max(self._deadline, time.monotonic() + self._timeout_seconds)
+
     def settings(self, section: type[Section]) -> Section:
         """The plugin's own settings."""
         return load_section(section) if self._environ is None else load_section(section, self._environ)

@@ -113,6 +113,7 @@ class EngineServer:
         self._channel.send(Reached(request=request.request, stage=Stage.REVIEWING))
         with self._answering_for(request):
             finished.context.stop_if_cancelled()
+            finished.context.restart_clock()
             review(self._registry, finished.finished, finished.context)
             self._answer(JobFinished(request=request.request, finished=finished.finished))
 

@@ -123,8 +123,9 @@ def review_artifact(job: Job, artifact: Artifact, context: JobContext) -> None:
     """Let an artifact pass, or refuse the whole job because of it, before anything is uploaded.
 
     Called in the engine for each artifact after all are made and were found to be whole;
-    the owner and every extension are asked. May be slow and may use the device; a model
-    that it needs is best kept in ``context.models``. Must not change the file. Raise
+    the owner and every extension are asked. May be slow and may use the device, which it
+    has to itself, between two jobs; a model that it needs is best kept in
+    ``context.models``. Must not change the file. Raise
     ``PolicyRefused`` with the reason to refuse; any other error fails the job as well.
 
     Example: ``if is_unsafe(artifact.path): raise PolicyRefused("an image is not allowed here")``
