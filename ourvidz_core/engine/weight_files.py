@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 16 * 2**20
 _THREADS = 8
 _REPORT_SECONDS = 0.5
+#: And the log, which says where a start of minutes has come to.
+_SAY_SECONDS = 2.0
 _SUFFIX = ".safetensors"
 #: The largest header that the format allows.
 _HEADER_BYTES = 100_000_000
@@ -96,10 +98,19 @@ def read_weights(
         wanted = dtype_of(tensor.name) if tensor.dtype.is_floating_point else None
         found[tensor.name] = torch.empty(tensor.shape, dtype=wanted or tensor.dtype, device=place)
     total = sum(tensor.end - tensor.begin for tensor in stored)
-    started = time.monotonic()
-    _Reading(_chunks(stored), found, place).finish(min(threads, os.cpu_count() or 1), total, on_progress)
+    started, said = time.monotonic(), time.monotonic()
+    name = "/".join(paths[0].parts[-2:]) if paths else "nothing"
+
+    def tell(done_bytes: int, total_bytes: int) -> None:
+        nonlocal said
+        on_progress(done_bytes, total_bytes)
+        if time.monotonic() - said >= _SAY_SECONDS:
+            said = time.monotonic()
+            logger.info("reading %s: %.1f of %.1f GB", name, done_bytes / 1e9, total_bytes / 1e9)
+
+    _Reading(_chunks(stored), found, place).finish(min(threads, os.cpu_count() or 1), total, tell)
     seconds = time.monotonic() - started
-    logger.info("%.2f GB of weights read to %s in %.2f s", total / 1e9, place, seconds)
+    logger.info("read %s: %.2f GB to %s in %.2f s", name, total / 1e9, place, seconds)
     return found
 
 
@@ -180,6 +191,9 @@ class _Reading:
                     one.result()
             finally:
                 self._is_over.set()
+        if self._place.type == "cuda":
+            # What the threads' streams used for other precisions is nobody's any more.
+            torch.cuda.empty_cache()
         on_progress(total_bytes, total_bytes)
 
     def _work(self) -> None:

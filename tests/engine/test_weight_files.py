@@ -56,12 +56,15 @@ def test_another_precision_is_the_one_that_torch_makes_and_integers_stay(tmp_pat
     assert torch.equal(found["places"], written["places"])
 
 
-def test_how_far_it_has_come_is_told_and_may_end_it(tmp_path):
+def test_how_far_it_has_come_is_told_and_may_end_it(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(weight_files, "_SAY_SECONDS", 0.0)
     save_file({"a": torch.zeros(1000)}, tmp_path / "m.safetensors")
     told = []
     read_weights([tmp_path / "m.safetensors"], on_progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (4000, 4000)
     assert sorted(told) == told
+    assert f"reading {tmp_path.name}/m.safetensors: 0.0 of 0.0 GB" in caplog.text
 
     def stop(done, total):
         raise KeyboardInterrupt

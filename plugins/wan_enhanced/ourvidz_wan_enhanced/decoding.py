@@ -9,6 +9,7 @@ cache, the numbers of the draw and what was said already lie on the device.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -309,6 +310,8 @@ def make_decoder(model: Any, probe: Sequence[int]) -> Decoder:
     """The fastest decoder that gives ``model``'s own scores, prepared; ``probe`` is any text of a few tokens."""
     if model.device.type != "cuda" or not is_graphable(model):
         return PlainDecoder(model)
+    started = time.monotonic()
+    logger.info("compiling and recording what the language model repeats")
     try:
         decoder = GraphedDecoder(model)
         decoder.prepare(probe)
@@ -318,6 +321,7 @@ def make_decoder(model: Any, probe: Sequence[int]) -> Decoder:
             raise
         logger.warning("the language model is not recorded and runs slower: %s", error, exc_info=True)
         return PlainDecoder(model)
+    logger.info("the language model is ready after %.1f s: %s", time.monotonic() - started, decoder.manner)
     return decoder
 
 
