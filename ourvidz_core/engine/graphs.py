@@ -94,6 +94,8 @@ class GraphedCall:
         import torch
 
         had_graphs = bool(self._graphs)
+        if had_graphs:
+            torch.cuda.synchronize()  # the last replay may be under way
         self._graphs.clear()
         self._plain.clear()
         self._pool = None
@@ -119,6 +121,7 @@ class GraphedCall:
         import torch
 
         while len(self._graphs) >= self._capacity:
+            torch.cuda.synchronize(device)
             self._graphs.popitem(last=False)
         stream = torch.cuda.current_stream(device)
         try:
@@ -156,7 +159,18 @@ class GraphedCall:
         # Threads beside this one write the last job's files, and may wait for the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = self.function(*arguments, **options)
+        _refuse_what_cannot_be_seen_into(outputs)
         return _Graph(replay=graph.replay, inputs=tuple(_tensors(given)), outputs=outputs)
+
+
+def _refuse_what_cannot_be_seen_into(outputs: Any) -> None:
+    """An object would come back with tensors that nobody can clone."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    for leaf in tree_leaves(outputs):
+        if not isinstance(leaf, torch.Tensor | int | float | str | None):
+            raise TypeError(f"its result holds a {type(leaf).__name__} and not only tensors")
 
 
 def _some(weights: list[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, ...]:

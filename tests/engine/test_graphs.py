@@ -104,6 +104,17 @@ class TestOnTheGpu:
                 data.zero_()
             assert torch.allclose(graphed(given), torch.nn.functional.linear(given, linear.weight, linear.bias))
 
+    def test_a_result_whose_tensors_cannot_be_seen_runs_as_it_is(self, caplog: pytest.LogCaptureFixture):
+        class Box:
+            def __init__(self, tensor: torch.Tensor) -> None:
+                self.tensor = tensor
+
+        graphed = GraphedCall(lambda tensor: Box(tensor + 1), name="the packer", clones=True)
+        with torch.no_grad(), caplog.at_level(logging.WARNING):
+            first, second = (graphed(torch.full((2,), value, device="cuda")) for value in (1.0, 2.0))
+        assert (first.tensor.tolist(), second.tensor.tolist()) == ([2.0, 2.0], [3.0, 3.0])
+        assert "its result holds a Box" in caplog.text
+
     def test_gradients_are_recorded_as_ever(self):
         given = torch.ones(3, device="cuda", requires_grad=True)
         GraphedCall(torch.square)(given).sum().backward()
