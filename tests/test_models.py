@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from ourvidz_core.engine.device_memory import GIB, DeviceMemory
+from ourvidz_core.engine.device_memory import GIB, DeviceMemory, host_bytes_free
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.errors import OutOfMemory
 
@@ -101,6 +102,19 @@ def test_without_a_device_and_a_budget_everything_stays() -> None:
 
 def test_forgetting_what_is_not_there_is_no_fault() -> None:
     ModelCache().drop("a")
+
+
+def test_main_memory_is_that_of_the_container_whose_file_pages_can_go(tmp_path: Path) -> None:
+    for name, text in {
+        "max": "9000",
+        "current": "6000",
+        "stat": "anon 1\nactive_file 100\ninactive_file 200\n",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert host_bytes_free(tmp_path) == 3300
+
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_bytes_free(tmp_path) > 9000
 
 
 def test_without_a_budget_models_get_what_other_processes_leave_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,12 +121,15 @@ class DeviceMemory:
         return _peaks.watch()
 
 
-def host_bytes_free() -> int:
+def host_bytes_free(cgroup: Path = _CGROUP) -> int:
     """The main memory that this process may still take: the machine's, or its container's."""
     free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # "max", or no container
-        limit = int((_CGROUP / "memory.max").read_text("ascii"))
-        free = min(free, limit - int((_CGROUP / "memory.current").read_text("ascii")))
+    with contextlib.suppress(OSError, ValueError, KeyError):  # "max", or no container
+        limit = int((cgroup / "memory.max").read_text("ascii"))
+        figures = dict(line.split() for line in (cgroup / "memory.stat").read_text("ascii").splitlines())
+        # Pages of files count as used, and leave when memory is wanted: after a load those of the model's own.
+        cached = int(figures["active_file"]) + int(figures["inactive_file"])
+        free = min(free, limit - int((cgroup / "memory.current").read_text("ascii")) + cached)
     return max(free, 0)
 
 

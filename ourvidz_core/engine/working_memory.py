@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "memory.json"
 #: Allocators round up and leave gaps.
 SLACK = 1.1
+#: An operation larger than this many times the nearest that was measured is not guessed at.
+FARTHEST = 4
 #: The oldest leave: a size that nobody asks for any longer need not be known.
 KEPT_RECORDS = 1000
 #: A change smaller than this share is not worth a write.
@@ -68,7 +70,7 @@ class WorkingMemory:
         self._records: dict[tuple[str, str, Work], Record] | None = None
 
     def figures(self, model: str, work: Work) -> Figures | None:
-        """The two figures of an operation, None where neither it nor a similar one was measured.
+        """The two figures of an operation, None where neither it nor one that is near was measured.
 
         An operation that was not is taken to grow with its rows and its shape from the nearest one that was.
         """
@@ -102,7 +104,8 @@ class WorkingMemory:
         if not alike:
             return None
         nearest = min(alike, key=lambda record: abs(math.log(_extent(record.work) / _extent(work))))
-        return round(nearest.peak_bytes * SLACK * _extent(work) / _extent(nearest.work))
+        growth = _extent(work) / _extent(nearest.work)
+        return round(nearest.peak_bytes * SLACK * growth) if growth <= FARTHEST else None
 
     def _keep(self, model: str, work: Work, size_bytes: int) -> None:
         key = self._key(model, work)

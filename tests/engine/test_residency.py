@@ -181,7 +181,7 @@ def test_rows_are_those_that_fit_when_all_else_has_left(device: PretendDevice, c
 
     # 2 KiB a row and a tenth for gaps, in 6 KiB.
     assert place.rows(DENOISE) == 2
-    assert place.rows(evolve(DENOISE, shape=(640, 640))) == 1
+    assert place.rows(evolve(DENOISE, shape=(64, 128))) == 1
     device.budget_kib = None
     assert place.rows(DENOISE) == 4
 

@@ -23,6 +23,7 @@ def test_what_was_never_measured_is_not_known() -> None:
 
     assert memory.figures("wan", DENOISE) is None
     assert memory.figures("sdxl", evolve(DENOISE, name="decode")) is None
+    assert memory.figures("sdxl", evolve(DENOISE, shape=(4096, 4096))) is None, "too far away to be guessed"
 
 
 def test_an_operation_has_the_figure_it_would_like_and_the_one_it_can_be_cut_down_to() -> None:
