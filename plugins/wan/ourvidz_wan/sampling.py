@@ -146,7 +146,7 @@ def decode(models: WanModels, latents: torch.Tensor) -> Frames:
     return np.concatenate(list(decoded(models, latents)))
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def decoded(models: WanModels, latents: torch.Tensor) -> Iterator[Frames]:
     """The same frames in parts, as they come; the device works on the next parts meanwhile.
 
