@@ -72,13 +72,12 @@ def test_the_table_shows_what_was_measured_and_why_the_rest_was_not(tmp_path: Pa
     assert (second["is_met"], second["measured"]) == (None, None)
 
 
-def test_a_row_that_takes_too_long_is_given_up_and_the_others_are_measured(tmp_path: Path) -> None:
-    slow = attrs.evolve(BY_NAME["gpus2"], limit=0.05)
-    quick = BY_NAME["gpus4"]
+def test_a_row_that_takes_too_long_is_given_up_and_the_next_begins(tmp_path: Path) -> None:
+    rows = [attrs.evolve(BY_NAME[name], limit=0.05) for name in ("start", "mixed30", "qwen150")]
     outcomes: list[Outcome] = []
-    benchmark.run([slow, quick], models=tmp_path, is_small=True, work=tmp_path, on_outcome=outcomes.append)
-    assert [(outcome.row, outcome.status) for outcome in outcomes] == [("gpus2", "failed"), ("gpus4", "skipped")]
-    assert outcomes[0].reason == "not done within 0 s"
+    benchmark.run(rows, models=tmp_path, is_small=True, work=tmp_path, on_outcome=outcomes.append)
+    assert [outcome.row for outcome in outcomes] == ["start", "mixed30", "qwen150"]
+    assert {(outcome.status, outcome.reason) for outcome in outcomes} == {("failed", "not done within 0 s")}
 
 
 def test_a_row_that_fails_is_told_with_its_reason_and_the_next_is_measured() -> None:
@@ -108,8 +107,8 @@ def test_every_row_can_be_measured_with_tiny_models(tmp_path: Path) -> None:
 
     rows = {row["row"]: row for row in json.loads((tmp_path / "gpu.json").read_text("utf-8"))["rows"]}
     assert list(rows) == list(BY_NAME)
-    without_gpu = {"gpus2", "gpus4"} | ({"wan81_fast"} if rows["wan81_fast"]["status"] == "skipped" else set())
-    assert {name for name, row in rows.items() if row["status"] == "skipped"} == without_gpu
+    # Until wan_generate has a tier to ask for.
+    assert {name for name, row in rows.items() if row["status"] == "skipped"} <= {"wan81_fast"}
     for name in ("wan81", "wan1", "sdxl1", "sdxl6", "qwen150"):
         assert rows[name]["measured"]["alternative"] > 0
     for name in ("wan_exact", "sdxl_exact", "exact_small"):

@@ -20,6 +20,8 @@ from attrs import frozen
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: What CLIP's, UMT5's and Qwen's published tokenizers have.
 CLIP_TOKENS, QWEN_TOKENS = 49408, 151936
+#: Spread of decoded pixels, from -1 to 1: grey pictures would be encoded in no time, wild ones in longer than real ones.
+CONTRAST = 0.15
 DONE = ".done"
 
 
@@ -107,8 +109,7 @@ def _wan(directory: Path) -> None:
     vae = _on_gpu(lambda: AutoencoderKLWan(**_shipped("vae")), "float32")
     with torch.no_grad():
         seen = vae.decode(torch.randn(1, 16, 1, 30, 52, device="cuda"), return_dict=False)[0]
-        # Pictures fill their range: grey ones would be encoded in no time.
-        vae.decoder.conv_out.weight.mul_(0.5 / seen.std())
+        vae.decoder.conv_out.weight.mul_(CONTRAST / seen.std())
         vae.decoder.conv_out.bias.zero_()
     scheduler: Any = UniPCMultistepScheduler
     pipeline = WanPipeline(
@@ -187,8 +188,7 @@ def _sdxl(directory: Path) -> None:
     )
     with torch.no_grad():
         noise = torch.randn(1, 4, 64, 64, device="cuda", dtype=torch.bfloat16)
-        # Pictures fill their range: grey ones would be encoded in no time.
-        vae.decoder.conv_out.weight.mul_(0.5 / vae.decode(noise / 0.13025).sample.std())
+        vae.decoder.conv_out.weight.mul_(CONTRAST / vae.decode(noise / 0.13025).sample.std())
         vae.decoder.conv_out.bias.zero_()
     scheduler: Any = EulerDiscreteScheduler(
         beta_start=0.00085,

@@ -151,7 +151,7 @@ ROWS = (
         target=95.0,
         floor=100.0,
         is_more_better=True,
-        limit=180.0,
+        limit=300.0,
     ),
     Row(
         name="gpus2",

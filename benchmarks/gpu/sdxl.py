@@ -112,7 +112,11 @@ class Sdxl:
         with ThreadPoolExecutor(count) as pool:
             paths = [self._out / f"ours-{index}.png" for index in range(count)]
             list(pool.map(lambda picture, path: write_png(picture.image(), path, {}), drawn.pictures, paths))
-        return {"batches": "+".join(map(str, drawn.batch_sizes)), "compiled": drawn.is_compiled}
+        return {
+            "batches": "+".join(map(str, drawn.batch_sizes)),
+            "compiled": drawn.is_compiled,
+            "file_mb": paths[0].stat().st_size / 1e6,
+        }
 
     def _run_plain(self, count: int, steps: int) -> None:
         images = self._plain(**self._asked(count, steps)).images

@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +33,8 @@ SAMPLE_SECONDS = 0.02
 #: How many images users ask for, and how often.
 COUNTS, SHARES = (1, 3, 6), (6, 3, 1)
 START_SECONDS = 300.0
+#: Steps of a video that only warms up.
+WARM_STEPS = 2
 #: Settings of this shell that a worker gets; others could lead it to somebody's storage.
 OF_SPEED = ("OURVIDZ_COMPILE", "OURVIDZ_KERNELS_DIR", "OURVIDZ_VRAM_BUDGET_GB")
 
@@ -68,7 +69,7 @@ class Service:
         """A worker that had one job waiting, and the seconds to its image."""
         with RunningWorker.opened(self._out / "service", self._scale, "sdxl_queue", self._environ) as worker:
             started = time.time()
-            worker.push("sdxl_image_high", config={"num_images": 1, "sample_steps": self._scale.steps})
+            worker.push("sdxl_image_high", config={"num_images": 1, "num_inference_steps": self._scale.steps})
             worker.start(*options)
             worker.wait_for(1, START_SECONDS)
             yield worker, worker.ended() - started
@@ -114,9 +115,7 @@ class SeveralGpus:
     def measure(self, row: str) -> Measured:
         """How many times as fast."""
         count = int(row.removeprefix("gpus"))
-        if find_spec("ourvidz_wan.parallel") is None:
-            raise Skipped("OURVIDZ_WAN_GPUS is not there yet")
-        if len(gpus()) < count:
+        if not self._scale.is_small and len(gpus()) < count:
             raise Skipped(f"this machine has {len(gpus())} GPUs")
         if self._alone is None:
             self._alone = self._seconds(1)
@@ -129,10 +128,13 @@ class SeveralGpus:
         if count > 1:
             environ["OURVIDZ_WAN_GPUS"] = str(count)
         with RunningWorker.opened(self._out / f"gpus-{count}", self._scale, "wan_queue", environ) as worker:
-            worker.push("video_fast", config={"sample_steps": 2})
-            worker.push("video_fast", config={"sample_steps": self._scale.steps})
             worker.start()
-            worker.wait_for(2, START_SECONDS)
+            for done, steps in enumerate((WARM_STEPS, self._scale.steps), start=1):
+                worker.push("video_fast", config={"sample_steps": steps, "frame_num": self._scale.frames})
+                worker.wait_for(done, START_SECONDS)
+            used = worker.facts().get("gpus", 1)
+            if used != count:
+                raise RuntimeError(f"the job used {used} GPUs and not {count}")
             return worker.ended() - worker.began(1)
 
 
@@ -234,6 +236,11 @@ class RunningWorker:
     def outcomes(self) -> dict[str, tuple[dict[str, Any], float]]:
         """What was said last of each job that ended, and when."""
         return {body["job_id"]: (body, at) for body, at in self._callbacks() if body["status"] != "processing"}
+
+    def facts(self) -> dict[str, Any]:
+        """What the callback says of the job that ended last."""
+        body, _ = max(self.outcomes().values(), key=lambda outcome: outcome[1])
+        return dict(body["metadata"])
 
     def began(self, skipped: int) -> float:
         """When the first job after ``skipped`` others began, in seconds since the epoch."""

@@ -209,7 +209,8 @@ class Wan:
 
     def _facts(self, made: Any) -> dict[str, Any]:
         known = ("size", "frame_num", "steps")
-        return {name: value for name, value in made.facts.items() if name not in known and _is_of_speed(name)}
+        facts = {name: value for name, value in made.facts.items() if name not in known and _is_of_speed(name)}
+        return {**facts, "file_mb": made.path.stat().st_size / 1e6}
 
 
 def _prompt(number: int) -> str:
