@@ -18,7 +18,7 @@ from ourvidz_core.wire.payloads import structure
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-#: Of its share, what a worker's warm models may take; the rest is for the work itself and for the context.
+#: Of its share, what a worker's models and their work may take; the rest is for the CUDA context and for gaps.
 _WARM_SHARE = 0.9
 
 
