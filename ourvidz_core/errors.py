@@ -227,7 +227,7 @@ class EngineCrashed(GenerationError):
 
 
 class EngineLost(EngineCrashed):
-    """The engine died, or was stopped, because of another job, while the files of this one were written.
+    """The engine died, or was stopped, because of another job, while it worked on this one, too.
 
     The next try of this one uses no attempt, once.
     """

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import dropwhile, takewhile
 from multiprocessing.connection import Pipe
 from typing import IO
 
@@ -41,9 +42,11 @@ logger = logging.getLogger(__name__)
 #: Jobs whose files are being written get this long before an engine is killed because of another job.
 SPARE_SECONDS = 5.0
 _POLL_SECONDS = 0.1
-_TAIL_LINES = 200
+#: After native code has failed, the stacks of all threads are among them.
+_TAIL_LINES = 1000
 #: faulthandler's first line; a stack of many lines follows it.
 _FATAL_LINE = re.compile(r"Fatal Python error: ")
+_FINISHING_LINE = re.compile(r'engine/server\.py", line \d+ in _finish')
 #: The first line of what the engine's own logging writes.
 _RECORD_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+: ")
 _TRACEBACK_LINE = re.compile(r"\s|$|Traceback |The above exception|During handling")
@@ -258,7 +261,8 @@ class EngineChild:
         with self._changed:
             self._has_ended = True
             unfinished = self._unfinished()
-            blamed = [] if self._is_killed and misread is None else _blamed(unfinished)
+            is_nobodys_fault = self._is_killed and misread is None
+            blamed = [] if is_nobodys_fault else _blamed(unfinished, is_beside=self._log.ended_beside_device())
             for request in unfinished:
                 request.inbox.put(self._obituary(request, blamed, misread))
                 request.stage = Stage.DONE
@@ -272,8 +276,7 @@ class EngineChild:
         error: JobError
         if request not in blamed:
             error = EngineLost(
-                f"the engine ended because of another job while it finished this one ({self._ending});"
-                " this one is tried again"
+                f"the engine ended because of another job while {request.subject} ({self._ending}); it is tried again"
             )
         elif misread is not None:
             error = misread
@@ -285,10 +288,10 @@ class EngineChild:
         return JobBroken(request=request.number, error=error)
 
 
-def _blamed(requests: list[Request]) -> list[Request]:
-    """Those that may have ended their engine: whoever had the device, else whoever wrote files."""
+def _blamed(requests: list[Request], *, is_beside: bool) -> list[Request]:
+    """Those that may have ended their engine: whoever had the device, unless it is known to be one that wrote files."""
     begun = [request for request in requests if request.stage is not Stage.WAITING]
-    return [request for request in begun if request.stage.has_device] or begun
+    return [request for request in begun if request.stage.has_device is not is_beside] or begun
 
 
 class _EngineLog:
@@ -324,6 +327,12 @@ class _EngineLog:
         lines = [line for of, line in said if job is None or of in whose]
         fatal = next((line for _, line in reversed(said) if _FATAL_LINE.match(line)), None)
         return fatal or last_exception(lines) or (lines[-1] if lines else "it logged nothing")
+
+    def ended_beside_device(self) -> bool:
+        """Whether the thread in which native code failed was one that writes files."""
+        self._thread.join(timeout=0.5)
+        lines = dropwhile(lambda line: not line.startswith("Current thread "), [line for _, line in list(self._lines)])
+        return any(_FINISHING_LINE.search(line) for line in takewhile(str.strip, lines))
 
     def close(self) -> None:
         self._thread.join(timeout=1.0)

@@ -68,6 +68,8 @@ def finish(job, context):
     pass_gate(job.config.after, context)
     if job.config.what == "die while writing":
         os._exit(8)
+    if job.config.what == "crash while writing":
+        __import__("ctypes").string_at(0)
     path = context.output_path("png")
     Image.linear_gradient("L").resize((16, 16)).save(path)
     return (Artifact(path=path, media_type="image/png"),)
@@ -211,6 +213,15 @@ def test_a_job_that_dies_while_it_is_written_alone_is_blamed(bench: Bench) -> No
     dying = bench.start("die while writing")
 
     assert type(dying.result.exception(10)) is EngineCrashed
+
+
+def test_a_job_whose_writing_crashes_is_blamed_and_the_one_with_the_device_is_not(bench: Bench) -> None:
+    writing = bench.start("crash while writing", after="other-has-begun")
+    writing.reaches("begun")
+    generating = bench.start(before="never", opens="other-has-begun")
+
+    assert type(generating.result.exception(10)) is EngineLost
+    assert type(writing.result.exception(10)) is EngineCrashed
 
 
 def test_a_job_that_waited_for_the_device_begins_in_the_next_engine_and_hears_nothing_of_the_crash(
