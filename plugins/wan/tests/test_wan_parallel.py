@@ -168,7 +168,7 @@ def test_the_command_line_uses_several_and_leaves_no_process(even_dir: Path, tmp
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -41,11 +41,12 @@ FIRST_STEP_SECONDS = 900.0
 STEP_SECONDS = 60.0
 #: Reading weights from a slow disk takes this long at most.
 LOAD_SECONDS = 900.0
-#: The host stays at most so many steps ahead of the device, as far as the exchange can tell.
-STEPS_AHEAD = 2
-#: Where rank 0 itself waits for a rank that is gone, nothing but its end helps.
+#: The host stays at most so many exchanges ahead of the device; a step has two.
+EXCHANGES_AHEAD = 2
+#: For an error to be told before the process ends.
 _LAST_RESORT_SECONDS = 10.0
 _POLL_SECONDS = 0.0005
+_WATCH_SECONDS = 0.25
 #: Where an exchange breaks off, the reason is known a little later.
 _REASON_SECONDS = 2.0
 
@@ -81,8 +82,6 @@ class Ranks:
         self._devices = devices_of(ranks, device)
         self._silent_seconds = silent_seconds
         self._failure: JobError | None = None
-        self._failed_at = 0.0
-        self._is_in_step = False
         self._is_joined = False
         self._is_closed = threading.Event()
         self._pending: deque[Any] = deque()
@@ -105,9 +104,9 @@ class Ranks:
         if not self._is_joined:
             meeting_point = Path(self._directory.name) / "meeting-point"
             self._tell_all(kind="join", meeting_point=str(meeting_point))
+            self._is_joined = True  # from here on a rank that is gone may be waited for
             with self._explained():
                 exchange.join(rank=0, ranks=self.size, device=device, meeting_point=meeting_point)
-            self._is_joined = True
         self._tell_all(kind="share", key=key, plan=asdict(plan))
         with self._explained():
             groups = exchange.make_groups(plan, device)
@@ -151,10 +150,6 @@ class Ranks:
             self._poll([self._pending[0]], seconds)
             self._pending.popleft()
 
-    def rest(self) -> None:
-        """No step is under way any more."""
-        self._is_in_step = False
-
     @property
     def is_closed(self) -> bool:
         """Whether the other ranks are ended."""
@@ -166,7 +161,6 @@ class Ranks:
         :raises EngineUnusable: one is not; another engine starts new ones.
         """
         if self._failure is not None:
-            self.rest()
             self.close()
             raise self._failure
 
@@ -238,7 +232,6 @@ class Ranks:
 
     def _exchange(self, tensors: Mapping[str, torch.Tensor], **message: Any) -> None:
         self.check()
-        self._is_in_step = True
         self._tell_all(**message, tensors=exchange.shapes_of(tensors))
         with self._explained():
             self._await(exchange.send_tensors(tensors))
@@ -265,7 +258,7 @@ class Ranks:
 
     def _note(self, error: JobError) -> None:
         if self._failure is None:
-            self._failure, self._failed_at = error, time.monotonic()
+            self._failure = error
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -282,27 +275,29 @@ class Ranks:
             self.check()
 
     def _watch(self) -> None:
-        while not self._is_closed.is_set():
-            listened = [f.connection for f in self._followers if not f.connection.closed]
-            try:
-                ready = wait(listened, timeout=0.25)
-            except OSError:  # closed meanwhile
-                continue
-            for follower in self._followers:
-                if follower.connection in ready:
-                    self._hear(follower)
-                elif time.monotonic() - follower.heard_at > self._silent_seconds and self._failure is None:
-                    self._note(EngineUnusable(f"{follower} has not answered for {self._silent_seconds:g} s"))
-                    follower.process.kill()
-            if self._failure is not None:
-                self._end_if_stuck()
-                time.sleep(0.1)
+        while self._failure is None:
+            if self._is_closed.is_set():
+                return
+            with suppress(OSError):  # closed meanwhile
+                ready = wait([follower.connection for follower in self._followers], timeout=_WATCH_SECONDS)
+                for follower in self._followers:
+                    if follower.connection in ready:
+                        self._hear(follower)
+                    elif time.monotonic() - follower.heard_at > self._silent_seconds:
+                        self._note(EngineUnusable(f"{follower} has not answered for {self._silent_seconds:g} s"))
+                        follower.process.kill()
+        if self._is_joined and self._devices[0].type == "cuda":
+            # Whatever waits for the device now waits for a rank that is gone: only this process's end helps.
+            time.sleep(_LAST_RESORT_SECONDS)
+            sys.stderr.write(f"\nRankError: {self._failure}\n")
+            sys.stderr.flush()
+            os._exit(1)
 
     def _hear(self, follower: _Follower) -> None:
         try:
             message = exchange.hear(follower.connection)
         except (EOFError, OSError, ValueError):
-            if not self._is_closed.is_set() and self._failure is None:
+            if not self._is_closed.is_set():
                 self._note(EngineUnusable(f"{follower} died: {_ending(follower.process)}"))
             return
         follower.heard_at = time.monotonic()
@@ -311,14 +306,6 @@ class Ranks:
                 follower.answers += 1
             case "failed":
                 self._note(_error_of(follower, message["error_type"], message["message"]))
-
-    def _end_if_stuck(self) -> None:
-        """Our own thread may wait for the device, which waits for a rank that is gone."""
-        is_late = time.monotonic() - self._failed_at > _LAST_RESORT_SECONDS
-        if self._is_in_step and is_late and not self._is_closed.is_set() and self._devices[0].type == "cuda":
-            sys.stderr.write(f"\nRankError: {self._failure}\n")
-            sys.stderr.flush()
-            os._exit(1)
 
 
 class SharedPredictor:
@@ -378,16 +365,15 @@ class SharedPredictor:
         def predict(hidden_states: torch.Tensor, timestep: torch.Tensor) -> Sequence[torch.Tensor]:
             inputs = {"hidden_states": hidden_states, "timestep": timestep.to(hidden_states.device)}
             predictions = self._ranks.step(self._transformer, branches, self._groups, inputs)
-            self._ranks.pace(ahead=STEPS_AHEAD, is_first=next(steps) <= STEPS_AHEAD)
+            self._ranks.pace(ahead=EXCHANGES_AHEAD, is_first=next(steps) <= EXCHANGES_AHEAD)
             return predictions
 
         exchange.share_context(self._transformer, self._groups)
         try:
             self._ranks.begin(self._key, branches)
             yield predict
-            self._ranks.pace(ahead=0, is_first=next(steps) <= STEPS_AHEAD)
+            self._ranks.pace(ahead=0, is_first=next(steps) <= EXCHANGES_AHEAD)
         finally:
-            self._ranks.rest()
             exchange.unshare_context(self._transformer, self._groups)
 
 
