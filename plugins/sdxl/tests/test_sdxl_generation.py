@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
+from ourvidz_sdxl.plugin import generate
 from sdxl_support import job, made, parsed, pixels, produced, warm_model
 
 from ourvidz_core.engine.pictures import read_facts
@@ -201,6 +202,17 @@ def test_size_above_the_models_limit_is_refused(new_context: NewContext, tiny_mo
     (limited / "variant.toml").write_text("size_scale = 0.125\nmax_pixels = 16384\n", "utf-8")
     with pytest.raises(PayloadError, match=r"\$\.config: expected at most 1048576 pixels"):
         made(job(config={"width": 2048, "height": 1024}), new_context(model=limited))
+
+
+def test_files_can_be_written_after_the_next_job_was_drawn(new_context: NewContext) -> None:
+    jobs = [job(config={"seed": seed, "num_images": 3, **FEW_STEPS}) for seed in (3, 30)]
+    alone = [[pixels(artifact) for artifact in made(a_job, new_context()).artifacts] for a_job in jobs]
+    contexts = [new_context() for _ in jobs]
+    generations = [generate(a_job, context) for a_job, context in zip(jobs, contexts, strict=True)]
+    assert not any(list(context.work_dir.iterdir()) for context in contexts)
+    for generation, expected in reversed(list(zip(generations, alone, strict=True))):
+        for artifact, picture in zip(generation.finish(), expected, strict=True):
+            assert np.array_equal(pixels(artifact), picture)
 
 
 def test_progress_is_told_at_every_step(new_context: NewContext) -> None:
