@@ -25,6 +25,7 @@ GIB = 2**30
 _ALIGNMENT = 256
 #: A model's modules lie in it, or in something in it: a wrapper around a diffusers pipeline.
 _DEPTH = 2
+_PAGE = 4096
 _PORTABLE = 1
 
 
@@ -76,7 +77,8 @@ class Weights:
 
         started = time.monotonic()
         shared = list(self._shared())
-        with torch.no_grad():
+        # What is made in inference mode would look like another kind of tensor to what was compiled.
+        with torch.inference_mode(False), torch.no_grad():
             arrived = [_empty_like(one.first, self._device).copy_(one.first, non_blocking=True) for one in shared]
             _wait_for(self._device)
             for one, data in zip(shared, arrived, strict=True):
@@ -90,7 +92,7 @@ class Weights:
 
         started = time.monotonic()
         shared = list(self._shared())
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             if self._copy is None or self._copied != _state_of(shared):
                 self._copy = None  # before the next: it would be there twice
                 self._copy = _HostCopy(shared, is_pinned=self._device.type == "cuda")
@@ -134,13 +136,12 @@ class _HostCopy:
     """
 
     def __init__(self, shared: list[_Shared], *, is_pinned: bool) -> None:
-        import torch
 
         offsets, self.bytes = [], 0
         for one in shared:
             offsets.append(self.bytes)
             self.bytes += -(-one.bytes // _ALIGNMENT) * _ALIGNMENT
-        block = torch.empty(self.bytes, dtype=torch.uint8)
+        block = _whole_pages(self.bytes)
         if is_pinned:
             _pin(self, block)
         self.tensors = [_placed(block, offset, one.first) for offset, one in zip(offsets, shared, strict=True)]
@@ -159,7 +160,9 @@ def is_movable(module: torch.nn.Module) -> bool:
 
     hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
     plain = (torch.Tensor, torch.nn.Parameter)
-    return not hooked and all(type(tensor) in plain and not tensor.is_meta for tensor in _tensors_of(module))
+    return not hooked and all(
+        type(tensor) in plain and not (tensor.is_meta or tensor.is_inference()) for tensor in _tensors_of(module)
+    )
 
 
 def _found_in(value: object, depth: int) -> Iterator[torch.nn.Module]:
@@ -220,6 +223,15 @@ def _wait_for(device: torch.device) -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _whole_pages(size_bytes: int) -> torch.Tensor:
+    """A block of main memory that shares no page with another: a page can be pinned once only."""
+    import torch
+
+    block = torch.empty(size_bytes + 2 * _PAGE, dtype=torch.uint8)
+    start = -block.data_ptr() % _PAGE
+    return block[start : start + -(-size_bytes // _PAGE) * _PAGE]
 
 
 def _pin(copy: _HostCopy, block: torch.Tensor) -> None:

@@ -84,6 +84,14 @@ def test_weights_that_come_back_leave_a_copy_and_are_not_copied_again(net: Net, 
     assert places(net) == {block}
 
 
+def test_weights_that_move_while_a_model_infers_stay_plain_tensors(net: Net, weights: Weights) -> None:
+    with torch.inference_mode():
+        weights.to_host()
+        weights.to_device()
+
+    assert not any(tensor.is_inference() for tensor in (*net.parameters(), *net.buffers()))
+
+
 def test_a_copy_that_is_forgotten_takes_no_main_memory(weights: Weights) -> None:
     weights.to_host()
     weights.forget_copy()
@@ -162,3 +170,5 @@ def test_weights_that_somebody_else_moves_are_left_to_them() -> None:
 
     assert modules_of(SimpleNamespace(a=nn.Linear(2, 2), b=offloaded)) == []
     assert modules_of(nn.Linear(2, 2, device="meta")) == []
+    with torch.inference_mode():
+        assert modules_of(nn.Linear(2, 2)) == []
