@@ -252,13 +252,12 @@ class ModelCache:
         if "torch" not in sys.modules:
             return {WHOLE: _Part(model=key, name=WHOLE)}
         device = self._find_device()
-        if named is not None:
-            return {name: _part(key, name, part, device) for name, part in named(model).items()}
-        whole = _part(key, WHOLE, model, device)
-        if whole.can_move and not whole.is_on_device:
-            # What its plugin loaded elsewhere stays there.
-            whole = _Part(model=key, name=WHOLE)
-        return {WHOLE: whole}
+        groups: Mapping[str, object] = {WHOLE: model} if named is None else named(model)
+        found = {name: _part(key, name, group, device) for name, group in groups.items()}
+        if not any(part.is_on_device for part in found.values()):
+            # What its plugin loaded elsewhere stays there: the device is not for this model.
+            return {name: _Part(model=key, name=name) for name in found}
+        return found
 
     def _parts(self, key: str, names: Sequence[str]) -> list[_Part]:
         warm = self._warm.get(key)

@@ -186,6 +186,16 @@ def test_rows_are_those_that_fit_when_all_else_has_left(device: PretendDevice, c
     assert place.rows(DENOISE) == 4
 
 
+def test_a_model_that_its_plugin_keeps_elsewhere_is_left_there(device: PretendDevice) -> None:
+    cache = ModelCache(device_memory=device, find_device=lambda: torch.device("cuda"))
+    model = get_in_parts(cache, "wan", transformer=4, vae=4)
+
+    with cache.residence("wan").use("vae"):
+        assert model.vae.weight.device == CPU
+    assert cache.get("b", lambda: Net(3)).weight.device == CPU
+    assert sum(cache.on_device.values()) == 0
+
+
 def test_what_leaves_is_told_before_it_is_gone(cache: ModelCache) -> None:
     told: list[tuple[str, int]] = []
     model = in_parts(unet=6, vae=3)
