@@ -120,6 +120,10 @@ class Decoder(Protocol):
         """The token of a step, the first being 0; waits until it is drawn."""
         ...
 
+    def forget(self) -> None:
+        """Free what can be made again: the weights leave the device."""
+        ...
+
 
 class PlainDecoder:
     """Runs the model as ``generate`` does, for every architecture and device."""
@@ -148,6 +152,10 @@ class PlainDecoder:
     def token(self, index: int) -> int:
         """See :meth:`Decoder.token`."""
         return int(self._choice.tokens[index])
+
+    def forget(self) -> None:
+        """See :meth:`Decoder.forget`."""
+        self._cache = DynamicCache(config=self._model.config)
 
     def scores(self, tokens: torch.Tensor) -> torch.Tensor:
         """The scores (1, vocabulary) after ``tokens`` (1, number), which come after those of the calls before."""
@@ -216,7 +224,7 @@ class GraphedDecoder:
                     raise ValueError(f"its scores differ from the model's by {error:.2g}")
             self._record()
         except BaseException:
-            self._advance_once.forget()
+            self.forget()
             self._model.set_attn_implementation(before)
             raise
 
@@ -227,7 +235,7 @@ class GraphedDecoder:
         """
         if len(given) + draws.max_tokens > CACHE_TOKENS:
             raise ValueError(f"{len(given)} tokens and {draws.max_tokens} more are too many; {CACHE_TOKENS} have room")
-        if self._has_graphs and self._weights() != self._recorded_weights:
+        if self._weights() != self._recorded_weights:
             self._record()
         tokens = torch.tensor([given], device=self._device)
         self._choice.begin(tokens[0], draws)
@@ -238,6 +246,8 @@ class GraphedDecoder:
 
     def step(self) -> None:
         """See :meth:`Decoder.step`."""
+        if not self._recorded_weights:  # a text that nobody waits for any more
+            raise RuntimeError("the weights left the device in the middle of a text")
         self._advance_once(self._position, _span(self._given + self._steps + 1))
         self._steps += 1
         self._hand_over()
@@ -250,20 +260,26 @@ class GraphedDecoder:
         self._is_drawn[index % len(self._is_drawn)].synchronize()
         return int(self._drawn[index])
 
+    def forget(self) -> None:
+        """See :meth:`Decoder.forget`. The next text begins with recording."""
+        self._advance_once.forget()
+        self._recorded_weights = ()
+
     def _hand_over(self) -> None:
         """Have the last token copied to the host, when the device comes to it."""
         if self._has_graphs:
             at = self._steps
             self._drawn[at : at + 1].copy_(self._choice.tokens[at : at + 1], non_blocking=True)
-            self._is_drawn[at % len(self._is_drawn)].record()
+            # A thread's own device is the first, whatever the model's.
+            self._is_drawn[at % len(self._is_drawn)].record(torch.cuda.current_stream(self._device))
 
     def _read(self, tokens: torch.Tensor) -> torch.Tensor:
         """Fill the cache with a text from its beginning; the scores (1, vocabulary) after it."""
         self._position.zero_()
-        places = torch.arange(tokens.shape[1], device=self._device)[None]
+        places = torch.arange(tokens.shape[1], device=self._device)
         # A text sees what comes before; the mask only keeps the model from making one.
         mask = torch.zeros((1, 1, 1, tokens.shape[1]), dtype=self._model.dtype, device=self._device)
-        scores = self._next_scores(tokens, places[0], mask)
+        scores = self._next_scores(tokens, places, mask)
         self._position.fill_(tokens.shape[1])
         return scores
 
@@ -314,7 +330,8 @@ def make_decoder(model: Any, probe: Sequence[int]) -> Decoder:
     logger.info("compiling and recording what the language model repeats")
     try:
         decoder = GraphedDecoder(model)
-        decoder.prepare(probe)
+        with torch.inference_mode():
+            decoder.prepare(probe)
     # Whatever ails recording or compiling, the model itself may still work.
     except Exception as error:
         if "out of memory" in str(error).lower():

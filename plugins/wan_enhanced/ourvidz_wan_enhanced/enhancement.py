@@ -254,7 +254,9 @@ def _writer(settings: EnhancerSettings, context: JobContext, facts: dict[str, An
 
     vram_gb = 0.0 if settings.url is not None or settings.model is None else vram_of(settings.model)
     try:
-        writer = context.models.get(writer_key(settings), load, vram_gb=vram_gb)
+        writer = context.models.get(
+            writer_key(settings), load, vram_gb=vram_gb, on_leave=lambda writer, _part: writer.leave()
+        )
     except ModelUnavailable as error:
         raise _Unenhanced(error.message) from None
     except (MemoryError, RuntimeError) as error:

@@ -58,8 +58,11 @@ class LocalWriter:
         In the thread that loads: the effort of a prompt has one of its own, which only launches
         what was recorded here.
         """
-        with torch.inference_mode():
-            self._decoder = make_decoder(self._model, self.encode(read_instructions().image, _PROBE))
+        self._decoder = make_decoder(self._model, self.encode(read_instructions().image, _PROBE))
+
+    def leave(self) -> None:
+        """The weights are about to leave the device. Work that nobody waits for may still use them."""
+        self._decoder.forget()
 
     def encode(self, instruction: Instruction, prompt: str) -> list[int]:
         """The tokens that the model reads."""

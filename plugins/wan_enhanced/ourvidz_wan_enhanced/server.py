@@ -28,6 +28,9 @@ class ServerWriter:
         self._served_model = served_model
         self.name = served_model or "server"
 
+    def leave(self) -> None:
+        """Nothing of it is on the device."""
+
     def write(self, task: Task, effort: Effort) -> Draft:
         """See :meth:`~ourvidz_wan_enhanced.writers.Writer.write`."""
         try:

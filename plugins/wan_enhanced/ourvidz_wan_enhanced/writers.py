@@ -49,3 +49,7 @@ class Writer(Protocol):
         :raises DeadlinePassed: it saw that the time is over.
         """
         ...
+
+    def leave(self) -> None:
+        """Free what hangs on weights that are about to leave the device."""
+        ...

@@ -213,3 +213,13 @@ def test_compiled_decoding_makes_the_same_text_and_is_compiled_once(qwen_dir, ta
         draft = finish_in_time(effort, lambda asked=asked, effort=effort: compiled.write(asked, effort))
         assert draft.text == writer.write(asked, Effort(60.0)).text
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
+
+
+def test_what_was_recorded_is_forgotten_and_made_again(model, graphed):
+    draws = Draws(seed=1, max_tokens=12, temperature=0.7, top_p=0.8)
+    expected = decoded(PlainDecoder(model), draws)
+    assert decoded(graphed, draws) == expected
+    graphed.forget()
+    with pytest.raises(RuntimeError, match="left the device"):
+        graphed.step()
+    assert decoded(graphed, draws) == expected

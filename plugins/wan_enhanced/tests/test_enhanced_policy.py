@@ -318,7 +318,7 @@ def test_the_model_stays_warm_and_leaves_when_the_budget_says_so(qwen_dir, conte
     assert "enhancement_load_seconds" in first.facts
     assert "enhancement_load_seconds" not in again.facts
     assert first.prompt == again.prompt is not None
-    models.get("wan", object, vram_gb=0.5)
+    models.get("wan", object, vram_gb=1.0)
     assert models.keys == ("wan",)
 
 
