@@ -20,7 +20,7 @@ from attrs import frozen
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: What CLIP's, UMT5's and Qwen's published tokenizers have.
 CLIP_TOKENS, QWEN_TOKENS = 49408, 151936
-#: Spread of decoded pixels, from -1 to 1: grey pictures would be encoded in no time, wild ones in longer than real ones.
+#: Spread of decoded pixels, from -1 to 1: grey pictures are encoded in no time, wild ones more slowly than real ones.
 CONTRAST = 0.15
 DONE = ".done"
 
