@@ -26,6 +26,7 @@ from attrs import asdict, define, field
 from ourvidz_core.engine.processes import ending_of
 from ourvidz_core.errors import EngineUnusable, GenerationError, JobError, ModelUnavailable, OutOfMemory
 from ourvidz_core.settings import without_keys
+from ourvidz_wan.attention import Kernel
 from ourvidz_wan.parallel import exchange
 from ourvidz_wan.parallel.exchange import Groups
 from ourvidz_wan.parallel.plan import RankPlan, plan_ranks
@@ -100,7 +101,7 @@ class Ranks:
         dtype = exchange.name_of(transformer.dtype)
         self._tell_all(kind="load", key=key, ckpt_dir=str(ckpt_dir), task=task.name, dtype=dtype)
         self._await_answers()
-        device = self._devices[0]
+        device = self.device
         if not self._is_joined:
             meeting_point = Path(self._directory.name) / "meeting-point"
             self._tell_all(kind="join", meeting_point=str(meeting_point))
@@ -151,6 +152,11 @@ class Ranks:
             self._pending.popleft()
 
     @property
+    def device(self) -> torch.device:
+        """That of rank 0."""
+        return self._devices[0]
+
+    @property
     def is_closed(self) -> bool:
         """Whether the other ranks are ended."""
         return self._is_closed.is_set()
@@ -176,7 +182,7 @@ class Ranks:
                     exchange.say(follower.connection, kind="leave")
             else:
                 follower.process.kill()
-        if self._is_joined and (is_well or self._devices[0].type != "cuda"):
+        if self._is_joined and (is_well or self.device.type != "cuda"):
             exchange.leave()
         elif self._is_joined:
             # NCCL would wait for the rank that is gone, and so would an interpreter that ends in order.
@@ -237,11 +243,11 @@ class Ranks:
             self._await(exchange.send_tensors(tensors))
 
     def _await(self, works: Sequence[Any]) -> None:
-        if self._devices[0].type != "cuda":
+        if self.device.type != "cuda":
             self._poll(works, FIRST_STEP_SECONDS)
         for work in works:
             work.wait()  # on a GPU only its stream waits
-        if self._devices[0].type == "cuda":
+        if self.device.type == "cuda":
             self._pending.extend(works[-1:])
 
     def _poll(self, works: Sequence[Any], seconds: float) -> None:
@@ -286,7 +292,7 @@ class Ranks:
                     elif time.monotonic() - follower.heard_at > self._silent_seconds:
                         self._note(EngineUnusable(f"{follower} has not answered for {self._silent_seconds:g} s"))
                         follower.process.kill()
-        if self._is_joined and self._devices[0].type == "cuda":
+        if self._is_joined and self.device.type == "cuda":
             # Whatever waits for the device now waits for a rank that is gone: only this process's end helps.
             time.sleep(_LAST_RESORT_SECONDS)
             sys.stderr.write(f"\nRankError: {self._failure}\n")
@@ -329,8 +335,10 @@ class SharedPredictor:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """How many GPUs predicted for the last job."""
-        return {"gpus": self._used}
+        """How many GPUs predicted for the last job; and whose attention, where ours was not asked."""
+        is_context_shared = self._used > 1 and self.plan.context > 1
+        is_diffusers_attention = is_context_shared and self._ranks.device.type == "cuda"
+        return {"gpus": self._used, **({"attention": Kernel.TORCH.value} if is_diffusers_attention else {})}
 
     @contextmanager
     def job(self, branches: Sequence[Branch]) -> Iterator[Predict]:
