@@ -214,7 +214,7 @@ def train_unet(
         if is_plain:
             run.learn(functional.mse_loss(predicted, target))
         else:
-            run.learn_guided(predicted, target, GUIDANCE)
+            run.learn(**training.guided_losses(predicted, target, GUIDANCE))
     run.average()
 
 

@@ -17,7 +17,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,8 @@ _TEXT_LENGTH = 512
 _SHIFT = 5.0
 #: For each latent value.
 _KL_WEIGHT = 1e-3
-#: Of a training; videos follow. What a text means is learnt sooner from pictures, 21 times as many in a step.
+#: Of the autoencoder's training; clips follow.
 _PICTURES_PART = 0.4
-_TRANSFORMER_PICTURES_PART = 0.3
 
 VARIANT = """\
 # A small model that draws coloured shapes that move; see README.md. 480*832 is 64x112 here.
@@ -300,7 +299,9 @@ def encode_text(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
     """What WAN's pipeline makes of a prompt: the states of its tokens, then zeros, the last for all that follow."""
     ids = ids.long()
     mask = ids != 0
-    states = text_encoder(ids, attention_mask=mask.long()).last_hidden_state * mask[..., None]
+    # Given whole, so that the library does not look whether there is anything to mask, which would stop the device.
+    hidden = torch.zeros(mask.shape, device=ids.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    states = text_encoder(ids, attention_mask=hidden[:, None, None]).last_hidden_state * mask[..., None]
     return functional.pad(states, (0, 0, 0, 1))
 
 
@@ -329,7 +330,15 @@ class BriefText(WanAttnProcessor):  # type: ignore[misc]
 
 
 def train_transformer(
-    pipeline: Any, run: training.Run, device: torch.device, seed: int, batch: int, count: int, plain_part: float
+    pipeline: Any,
+    run: training.Run,
+    device: torch.device,
+    *,
+    seed: int,
+    batch: int,
+    count: int,
+    plain_part: float,
+    pictures_part: float,
 ) -> None:
     """Teach the transformer and the text encoder what captions mean."""
     common = random.Random(seed)
@@ -363,37 +372,35 @@ def train_transformer(
         pipeline.tokenizer, [scenes.filler(chance) for _ in range(_FILLERS)], _MOST_TOKENS
     ).to(device)
 
-    pipeline.transformer.set_attn_processor(BriefText(device))
-    only_pictures = [0.0 if latents.shape[2] > 1 else share for (latents, _), share in zip(pools, shares, strict=True)]
-    for _ in run:
-        is_early = run.done < _TRANSFORMER_PICTURES_PART * plain_part
-        chosen = common.choices(range(len(pools)), only_pictures if is_early else shares)[0]
-        latents, ids = pools[chosen]
-        rows_wanted = batch if latents.shape[2] > 1 else batch * 8
-        is_plain = run.done < plain_part
-        if not is_plain:
-            rows_wanted //= 2
-        rows = torch.randint(len(latents), (rows_wanted,), device=device)
+    def losses(pool: tuple[torch.Tensor, torch.Tensor], is_plain: bool) -> Mapping[str, torch.Tensor]:
+        latents, ids = pool
+        count = batch if latents.shape[2] > 1 else batch * 8
+        count = count if is_plain else count // 2
+        rows = torch.randint(len(latents), (count,), device=device)
         clean = latents[rows].float()
-        told = ids[rows, torch.randint(_CAPTIONS, (rows_wanted,), device=device)]
-        untold = fillers[torch.randint(_FILLERS, (rows_wanted,), device=device)]
-        even = torch.rand(rows_wanted, device=device)
+        told = ids[rows, torch.randint(_CAPTIONS, (count,), device=device)]
+        text = untold = fillers[torch.randint(_FILLERS, (count,), device=device)]
+        even = torch.rand(count, device=device)
         sigma = _SHIFT * even / (1 + (_SHIFT - 1) * even)
         noise = torch.randn_like(clean)
         noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        target = noise - clean
         if is_plain:
-            is_untold = torch.rand(rows_wanted, 1, device=device) < 0.12
-            text = torch.where(is_untold, untold, told)
+            text = torch.where(torch.rand(count, 1, device=device) < 0.12, untold, told)
         else:
             text, noisy, sigma = torch.cat([told, untold]), noisy.repeat(2, 1, 1, 1, 1), sigma.repeat(2)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             states = encode_text(pipeline.text_encoder, text)
             predicted = pipeline.transformer(noisy, sigma * 1000, states, return_dict=False)[0].float()
         if is_plain:
-            run.learn(functional.mse_loss(predicted, target))
-        else:
-            run.learn_guided(predicted, target, GUIDANCE)
+            return {"loss": functional.mse_loss(predicted, noise - clean)}
+        return training.guided_losses(predicted, noise - clean, GUIDANCE)
+
+    pipeline.transformer.set_attn_processor(BriefText(device))
+    only_pictures = [0.0 if latents.shape[2] > 1 else share for (latents, _), share in zip(pools, shares, strict=True)]
+    for _ in run:
+        is_plain, is_early = run.done < plain_part, run.done < pictures_part
+        chosen = common.choices(range(len(pools)), only_pictures if is_early else shares)[0]
+        run.learn_by(f"{chosen} {is_plain}", functools.partial(losses, pools[chosen], is_plain))
     run.average()
     pipeline.transformer.set_attn_processor(WanAttnProcessor())
 
@@ -417,6 +424,8 @@ def main() -> None:
     parser = training.diffusion_arguments(__doc__, batch=96, rate=1e-3, plain_part=PLAIN_PART)
     parser.add_argument("--native", type=Path, help="where to write the model in the layout that WAN was published in")
     parser.add_argument("--vae-channels", type=int, default=VAE_CHANNELS)
+    # A step takes eight times as many pictures as videos.
+    parser.add_argument("--pictures-part", type=float, default=0.25, help="part of the training on pictures alone")
     parser.add_argument("--vae", type=Path, help="begin with the autoencoder of an exported model")
     chosen = parser.parse_args()
     device = training.start(chosen.seed)
@@ -458,7 +467,16 @@ def main() -> None:
             if weight.dim() == 2 and "bias" not in name
         ],
     )
-    train_transformer(pipeline, run, device, chosen.seed, chosen.batch, chosen.scenes or 20000, chosen.plain_part)
+    train_transformer(
+        pipeline,
+        run,
+        device,
+        seed=chosen.seed,
+        batch=chosen.batch,
+        count=chosen.scenes or 20000,
+        plain_part=chosen.plain_part,
+        pictures_part=chosen.pictures_part,
+    )
     training.export(pipeline, chosen.directory, VARIANT)
     if chosen.native and training.rank() == 0:
         tiny_wan.save_native(pipeline, chosen.native, VARIANT)

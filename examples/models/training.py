@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 #: Seconds between two checkpoints.
 _CHECKPOINT_EVERY = 60.0
 _LOGGED_EVERY = 50
+#: Steps of a kind before it is recorded: what they compile and allocate is there then.
+_TRIES = 3
 
 
 def start(seed: int) -> torch.device:
@@ -120,6 +122,7 @@ class Run:
                 betas=(0.9, 0.98),
                 weight_decay=1e-4,
                 fused=self.parameters[0].is_cuda,
+                capturable=self.parameters[0].is_cuda,
             )
         ]
         if matrices:
@@ -128,6 +131,10 @@ class Run:
                 torch.optim.Muon(matrices, lr=2 * rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
             )
         self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        #: The part of its rate that a step takes, and what it adds of the weights to their average: on the device.
+        self._part, self._added = (torch.zeros((), device=self.parameters[0].device) for _ in range(2))
+        self._graphs: dict[str, Any] = {}
+        self._tries: dict[str, int] = {}
         self.decay = decay
         self.done = 0.0
         self._agreement: Any = None
@@ -154,8 +161,8 @@ class Run:
         while self._agree() < 1.0:
             falling = 0.5 + 0.5 * math.cos(math.pi * self.done) + 0.002
             part = min(1.0, (self.step + 1) / self.warm_up) * falling
-            for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
-                optimizer.param_groups[0]["lr"] = rate * part
+            self._set_rates(part)
+            self._part.fill_(part)
             yield self.step
             self.spent = time.monotonic() - begun
             if stops or time.monotonic() - self._saved > _CHECKPOINT_EVERY:
@@ -183,28 +190,78 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        self.step += 1
-        keep = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], 1 - keep)
-        for key, value in {"loss": loss, **parts}.items():
-            self._sums[key] = self._sums.get(key, torch.zeros((), device=loss.device)) + value.detach().float()
+            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], self._kept())
+        self._count({"loss": loss, **parts})
+        self._take_down()
+
+    def learn_by(self, name: str, losses: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """One step against the ``loss`` among ``losses()``, all of which go into the log.
+
+        On one GPU the whole step is recorded once for each ``name`` and replayed: a small model's step is some
+        thousands of launches, which take the host several times as long as the device. ``losses`` must
+        do the same launches each time; what it draws is drawn on the device.
+        """
+        self._set_rates(1.0)
+        self._added.fill_(self._kept())
+        if not self.parameters[0].is_cuda or self._agreement is not None:
+            self._whole_step(losses)
+        elif self._tries.get(name, 0) < _TRIES:
+            self._tries[name] = self._tries.get(name, 0) + 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._whole_step(losses)
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            if name not in self._graphs:
+                self._graphs[name] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graphs[name]):
+                    self._whole_step(losses)
+            self._graphs[name].replay()
+        self._take_down()
+
+    def _whole_step(self, losses: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        values = losses()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        values["loss"].backward()
+        if self._agreement is not None:
+            self._average_gradients()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        with torch.no_grad():
+            before = [p.detach().clone() for p in self.parameters]
+            for optimizer in self.optimizers:
+                optimizer.step()
+            # Rates are numbers of the host, which a recorded step would keep; a part of a whole step is the same.
+            for parameter, old, averaged in zip(self.parameters, before, self.averaged, strict=True):
+                parameter.copy_(torch.lerp(old, parameter, self._part))
+                averaged.lerp_(parameter, self._added)
+            self._count(values)
+
+    def _set_rates(self, part: float) -> None:
+        for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * part
+
+    def _kept(self) -> float:
+        """What a step adds of the weights to their average."""
+        return 1 - min(self.decay, (2 + self.step) / (11 + self.step))
+
+    def _count(self, values: Mapping[str, torch.Tensor]) -> None:
+        for key, value in values.items():
+            if key not in self._sums:
+                self._sums[key] = torch.zeros((), device=value.device)
+            self._sums[key] += value.detach().float()
+
+    def _take_down(self) -> None:
+        self.step += 1
         if self.step % _LOGGED_EVERY == 0:
             means = {key: round(float(value) / _LOGGED_EVERY, 5) for key, value in self._sums.items()}
-            self._sums = {}
+            for value in self._sums.values():
+                value.zero_()
             self.log.append({"step": self.step, "seconds": round(self.spent, 1), **means})
             if self.step % (10 * _LOGGED_EVERY) == 0:
                 logger.info("%s %s", self.name, self.log[-1])
-
-    def learn_guided(self, predicted: torch.Tensor, target: torch.Tensor, guidance: float) -> None:
-        """One step that makes guidance at ``guidance`` exact.
-
-        ``predicted`` are those with a text and then as many without; the latter learn ``target`` by themselves.
-        """
-        with_text, without = predicted.chunk(2)
-        guided = without.detach() + guidance * (with_text - without.detach())
-        guided_loss, plain_loss = functional.mse_loss(guided, target), functional.mse_loss(without, target)
-        self.learn(guided_loss + plain_loss, guided=guided_loss, untold=plain_loss)
 
     def _average_gradients(self) -> None:
         # A part of the model that this step did not use has no gradient, in any process.
@@ -255,6 +312,17 @@ class Run:
             averaged.copy_(saved)
         self.step, self.spent, self.log = state["step"], state["spent"], state["log"]
         logger.info("%s goes on from step %d", self.name, self.step)
+
+
+def guided_losses(predicted: torch.Tensor, target: torch.Tensor, guidance: float) -> dict[str, torch.Tensor]:
+    """What makes guidance at ``guidance`` exact.
+
+    ``predicted`` are those with a text and then as many without; the latter learn ``target`` by themselves.
+    """
+    with_text, without = predicted.chunk(2)
+    guided = without.detach() + guidance * (with_text - without.detach())
+    guided_loss, plain_loss = functional.mse_loss(guided, target), functional.mse_loss(without, target)
+    return {"loss": guided_loss + plain_loss, "guided": guided_loss, "untold": plain_loss}
 
 
 def export(pipeline: Any, directory: Path, variant: str) -> None:
