@@ -23,8 +23,8 @@ from ourvidz_core.engine.compilation import CompiledCall, may_compile
 PAST_FRAMES = 2
 #: What ``torch.compile`` is told of the decoder.
 DECODER_OPTIONS: Mapping[str, Any] = {"fullgraph": True}
-#: Lets cuDNN try its algorithms for each shape once. What it picks may differ in the last digits from
-#: one process to the next.
+#: Lets cuDNN try its algorithms when a thread first meets a shape; what it took for those met before, tried
+#: or not, stays. What it picks may differ in the last digits from one process to the next.
 TRIES_CONVOLUTIONS = False
 #: Chunks that are launched before the first of them is waited for.
 _CHUNKS_AHEAD = 2
@@ -86,7 +86,7 @@ class Decoder:
         entering = entering.to(torch.bfloat16)
         pasts: Sequence[torch.Tensor] = ()
         for index in range(entering.shape[2]):
-            frame = entering[:, :, index : index + 1].contiguous(memory_format=torch.channels_last_3d)
+            frame = _channels_last(entering[:, :, index : index + 1])
             with _trying_convolutions():
                 pixels, pasts = self._decode(vae.decoder, frame, pasts)
             yield pixels
@@ -159,7 +159,7 @@ def decode_latent_frame(
     def causal(conv: Any, x: torch.Tensor) -> torch.Tensor:
         earlier = _nothing_before(x) if is_first else next(past)
         joined = torch.cat([earlier, x], dim=2)
-        kept.append(joined[:, :, -PAST_FRAMES:].clone())
+        kept.append(_channels_last(joined[:, :, -PAST_FRAMES:]))
         across, _, down, *_ = conv._padding
         return functional.conv3d(joined, conv.weight, conv.bias, padding=(0, down, across))
 
@@ -209,6 +209,15 @@ def _decoded_by_diffusers(vae: Any, entering: torch.Tensor) -> Iterator[torch.Te
         frame = entering[:, :, index : index + 1]
         video = vae.decoder(frame, feat_cache=kept, feat_idx=[0], first_chunk=index == 0)
         yield pixels_of(video.clamp(-1.0, 1.0))
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """A copy of ``x`` with its channels last in memory.
+
+    Its strides say nothing of the larger tensor that ``x`` is a part of: a compiler that sees
+    others compiles again, and other videos and later chunks are parts of other tensors.
+    """
+    return x.permute(0, 2, 3, 4, 1).clone(memory_format=torch.contiguous_format).permute(0, 4, 1, 2, 3)
 
 
 def _nothing_before(x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ourvidz_wan.decoding import Decoder, decode_latent_frame, is_decodable, make_fast
 from ourvidz_wan.sampling import decoded
+from torch._dynamo.testing import CompileCounter
 
 from ourvidz_core.errors import GenerationError
 
@@ -54,6 +55,32 @@ def test_the_decoder_for_gpus_makes_the_same_pixels(tiny_wan, latents):
         difference = np.abs(np.concatenate(made).astype(int) - wanted)
         assert difference.max() <= most
         assert difference.mean() < on_average
+
+
+def test_what_is_kept_lies_alike_in_memory_whatever_it_was_cut_from(tiny_wan, latents):
+    vae = tiny_wan.make_vae().eval().requires_grad_(False)
+    make_fast(vae)
+    pasts, layouts = (), []
+    for frame in latents.bfloat16().split(1, dim=2):
+        _, pasts = decode_latent_frame(vae.decoder, frame, pasts)
+        layouts.append([past.stride() for past in pasts])
+    # A compiler that was shown other strides would compile the decoder once more.
+    assert layouts[0] == layouts[1] == layouts[2]
+
+
+@pytest.mark.slow
+def test_a_video_is_decoded_by_two_compiled_functions_whatever_its_length(tiny_wan):
+    vae = tiny_wan.make_vae().eval().requires_grad_(False)
+    make_fast(vae)
+    counter = CompileCounter()
+    decoder = Decoder(vae, CPU)
+    decoder._is_own = True
+    decoder._decode = torch.compile(decode_latent_frame, backend=counter, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for frames in (4, 1, 3):
+            list(decoder.chunks(torch.randn((1, 16, frames, 6, 4))))
+    # For the first latent frame, which is one picture, and for those after it.
+    assert counter.frame_count == 2
 
 
 def unscaled(vae, scaled):
