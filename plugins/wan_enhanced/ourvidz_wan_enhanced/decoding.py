@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from attrs import frozen
-from transformers import AttentionInterface, DynamicCache
-from transformers.cache_utils import Cache, StaticLayer
+from transformers import DynamicCache
 
 from ourvidz_core.engine.compilation import CompiledCall, may_compile
 from ourvidz_core.engine.graphs import GraphedCall
+from ourvidz_wan_enhanced.layers import LAYERED_TYPES, FixedCacheModel, decode_layer
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,10 @@ REPETITION_PENALTY = 1.05
 CACHE_TOKENS = 3072
 #: A step looks at this much of the cache, the least that holds what was said; each size is a graph of its own.
 SPANS = (1024, 2048, CACHE_TOKENS)
-#: Architectures whose layers all see the whole text, by transformers' attention interface.
-GRAPHED_TYPES = frozenset({"llama", "qwen2", "qwen3"})
 #: Tokens that the device may be ahead of the host, which looks for the end: so many are drawn in vain.
 STEPS_AHEAD = 2
 #: Logits of a graph that differ by more, relatively, are of another model: in half precision it is about 0.01.
 _TOLERANCE = 0.1
-_ATTENTION = "ourvidz_fixed_cache"
 
 
 @frozen(kw_only=True)
@@ -182,14 +179,11 @@ class GraphedDecoder:
         self._choice = TokenChoice(_vocabulary(model), device=self._device)
         self._position = torch.zeros(1, dtype=torch.long, device=self._device)
         self._token = torch.zeros((1, 1), dtype=torch.long, device=self._device)
-        config = model.config.get_text_config(decoder=True)
-        self._cache = Cache(layers=[_Layer(self._position) for _ in range(config.num_hidden_layers)])
         self._advance_once = GraphedCall(self._advance, name="the language model's step")
         self._recorded_weights: tuple[int, ...] = ()
         may = may_compile(str(self._device)) if compiled is None else compiled
-        self._next: Any = (
-            CompiledCall(self._next_scores, name="the language model", dynamic=None) if may else self._next_scores
-        )
+        self._compiled = CompiledCall(decode_layer, name="the language model", fullgraph=True) if may else None
+        self._fixed = FixedCacheModel(model, room=CACHE_TOKENS, compiled=self._compiled)
         self._given = 0
         self._steps = 0
         if self._has_graphs:
@@ -199,7 +193,7 @@ class GraphedDecoder:
     @property
     def manner(self) -> str:
         """See :class:`Decoder`."""
-        is_compiled = isinstance(self._next, CompiledCall) and self._next.is_compiled
+        is_compiled = self._compiled is not None and self._compiled.is_compiled
         names = [name for name, is_used in (("graph", len(self._advance_once)), ("compiled", is_compiled)) if is_used]
         return " and ".join(names) or "fixed cache"
 
@@ -211,13 +205,11 @@ class GraphedDecoder:
         plain = PlainDecoder(self._model)
         given = torch.tensor([probe], device=self._device)
         expected = [plain.scores(given[:, :-1]), plain.scores(given[:, -1:])]
-        AttentionInterface.register(_ATTENTION, _attention)
-        before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(_ATTENTION)
         try:
+            self._fixed.reserve()
             found = [self._read(given[:, :-1])]
             self._token.copy_(given[:, -1:])
-            found.append(self._next(self._token, self._position, self._mask(self._position, SPANS[0])))
+            found.append(self._next(self._token, self._position, SPANS[0]))
             for ours, theirs in zip(found, expected, strict=True):
                 error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
                 if not error < _TOLERANCE:
@@ -225,7 +217,6 @@ class GraphedDecoder:
             self._record()
         except BaseException:
             self.forget()
-            self._model.set_attn_implementation(before)
             raise
 
     def begin(self, given: Sequence[int], draws: Draws) -> None:
@@ -262,8 +253,9 @@ class GraphedDecoder:
 
     def forget(self) -> None:
         """See :meth:`Decoder.forget`. The next text begins with recording."""
-        self._advance_once.forget()
         self._recorded_weights = ()
+        self._advance_once.forget()
+        self._fixed.forget()
 
     def _hand_over(self) -> None:
         """Have the last token copied to the host, when the device comes to it."""
@@ -275,47 +267,35 @@ class GraphedDecoder:
 
     def _read(self, tokens: torch.Tensor) -> torch.Tensor:
         """Fill the cache with a text from its beginning; the scores (1, vocabulary) after it."""
-        self._position.zero_()
-        places = torch.arange(tokens.shape[1], device=self._device)
-        # A text sees what comes before; the mask only keeps the model from making one.
-        mask = torch.zeros((1, 1, 1, tokens.shape[1]), dtype=self._model.dtype, device=self._device)
-        scores = self._next_scores(tokens, places, mask)
+        cache = DynamicCache(config=self._model.config)
+        answer = self._model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for index, kept in enumerate(cache.layers):
+            self._fixed.keep(index, kept.keys, kept.values)
         self._position.fill_(tokens.shape[1])
-        return scores
-
-    def _next_scores(self, tokens: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        answer = self._model(
-            tokens,
-            attention_mask=mask,
-            position_ids=places[None],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
         scores: torch.Tensor = answer.logits[:, -1]
         return scores
 
+    def _next(self, token: torch.Tensor, position: torch.Tensor, span: int) -> torch.Tensor:
+        """The scores (1, vocabulary) after ``token`` (1, 1), which goes to ``position`` (1) of the cache."""
+        is_hidden = torch.arange(span, device=self._device) > position
+        mask = torch.zeros(span, dtype=self._model.dtype, device=self._device).masked_fill(is_hidden, -torch.inf)
+        return self._fixed.next_scores(token, position, mask)
+
     def _advance(self, position: torch.Tensor, span: int) -> None:
         """One step, on the device alone. ``position`` (1) is where the last token goes in the cache."""
-        scores = self._next(self._token, position, self._mask(position, span))
-        self._token.copy_(self._choice.draw(scores))
+        self._token.copy_(self._choice.draw(self._next(self._token, position, span)))
         self._position.add_(1)
-
-    def _mask(self, position: torch.Tensor, span: int) -> torch.Tensor:
-        """What a step adds to its scores of attention: nothing up to its own place, and minus infinity behind it."""
-        is_hidden = torch.arange(span, device=self._device) > position
-        mask = torch.zeros(span, dtype=self._model.dtype, device=self._device)
-        mask = mask.masked_fill(is_hidden, -torch.inf)[None, None, None]
-        torch._dynamo.maybe_mark_dynamic(mask, 3)  # compiled once for all spans
-        return mask
 
     def _record(self) -> None:
         """Record a graph for each span. What the steps do to a text is undone by the next beginning."""
         self._advance_once.forget()
+        self._fixed.reserve()
         for span in SPANS:
             self._position.fill_(1)
             self._choice.count.zero_()
+            started = time.monotonic()
             self._advance_once(self._position, span)
+            logger.info("steps for up to %d tokens are ready after %.1f s", span, time.monotonic() - started)
         self._recorded_weights = self._weights()
 
     def _weights(self) -> tuple[int, ...]:
@@ -346,54 +326,8 @@ def is_graphable(model: Any) -> bool:
     """Whether the architecture is one that :class:`GraphedDecoder` knows."""
     config = model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    return config.model_type in GRAPHED_TYPES and set(kinds) == {"full_attention"}
-
-
-class _Layer(StaticLayer):  # type: ignore[misc]
-    """Keys and values of one layer in a fixed place; where the next token's go is known by all layers together."""
-
-    def __init__(self, position: torch.Tensor) -> None:
-        super().__init__(max_cache_len=CACHE_TOKENS)
-        self._position = position
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        number = key_states.shape[-2]
-        if number == 1:
-            self.keys.index_copy_(2, self._position, key_states)
-            self.values.index_copy_(2, self._position, value_states)
-        else:
-            self.keys[:, :, :number].copy_(key_states)
-            self.values[:, :, :number].copy_(value_states)
-        return self.keys, self.values
-
-
-def _attention(  # noqa: PLR0917 - transformers calls it so
-    module: torch.nn.Module,  # noqa: ARG001
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention to as much of the cache as the mask is long. As transformers' own, it gives (1, tokens, heads, width).
-
-    Query heads that share their keys go into one product as its rows: no key is copied.
-    """
-    tokens, length = query.shape[2], attention_mask.shape[-1]
-    key, value = key[:, :, :length], value[:, :, :length]
-    if tokens > 1:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        return seen.transpose(1, 2).contiguous(), None
-    rows = query.reshape(1, key.shape[1], -1, query.shape[-1])
-    seen = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return seen.reshape(1, 1, query.shape[1], -1), None
+    sees_all = set(kinds) == {"full_attention"}
+    return config.model_type in LAYERED_TYPES and sees_all and config.hidden_act == "silu"
 
 
 def _span(tokens: int) -> int:

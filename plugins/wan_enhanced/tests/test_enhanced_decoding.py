@@ -17,34 +17,64 @@ from ourvidz_wan_enhanced.decoding import (
     make_decoder,
 )
 from ourvidz_wan_enhanced.effort import Effort, finish_in_time
+from ourvidz_wan_enhanced.layers import FixedCacheModel, decode_layer, fuse_projections
 from ourvidz_wan_enhanced.local import LocalWriter, load_writer
 from transformers import (
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
+from ourvidz_core.engine.weights import Weights
+
 GIVEN = tuple(range(40, 70))
+
+
+SIZES = {
+    "vocab_size": 200,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 4096,
+}
 
 
 def make_model(**changes) -> Qwen2ForCausalLM:
     """Qwen2 as published, with groups of query heads, only small and untaught."""
     torch.manual_seed(3)
-    sizes = {
-        "vocab_size": 200,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,
-        "max_position_embeddings": 4096,
-    }
-    return Qwen2ForCausalLM(Qwen2Config(**sizes | changes)).eval().requires_grad_(False)
+    return _settled(Qwen2ForCausalLM(Qwen2Config(**SIZES | changes)))
+
+
+def _settled(model):
+    """A model whose norms and biases are not all ones and zeros, as those of an untaught one are."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.copy_(torch.rand_like(weight) + (0.5 if "norm" in name else -0.5))
+    return model.eval().requires_grad_(False)
+
+
+def forced(model, given: torch.Tensor, number: int, compiled=None) -> list[torch.Tensor]:
+    """The scores of the fixed cache after each of the last ``number`` tokens, of a model that is fused from here on."""
+    fixed = FixedCacheModel(model, room=64, compiled=compiled)
+    fixed.reserve()
+    found = []
+    with torch.inference_mode():
+        for place in range(given.shape[1]):
+            mask = torch.where(torch.arange(64) > place, -torch.inf, 0.0).to(model.dtype)
+            found.append(fixed.next_scores(given[:, place : place + 1], torch.tensor([place]), mask))
+    return found[-number:]
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +162,76 @@ def test_a_fixed_cache_gives_the_scores_of_a_growing_one_also_past_its_first_spa
         found = []
         for place in range(start, start + 6):
             span = SPANS[0] if place < SPANS[0] else SPANS[1]
-            mask = graphed._mask(graphed._position, span)
-            found.append(graphed._next(given[:, place : place + 1], graphed._position, mask))
+            found.append(graphed._next(given[:, place : place + 1], graphed._position, span))
             graphed._position.add_(1)
     for ours, theirs in zip(found, expected[1:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (Qwen2Config(**SIZES), Qwen2ForCausalLM),
+        (Qwen3Config(**SIZES, head_dim=16), Qwen3ForCausalLM),
+        (LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True), LlamaForCausalLM),
+    ],
+    ids=["qwen2", "qwen3", "llama"],
+)
+def test_a_token_gets_the_scores_that_transformers_gives_it(config, kind):
+    torch.manual_seed(4)
+    model = _settled(kind(config))
+    assert is_graphable(model)
+    given = torch.tensor([GIVEN])
+    with torch.inference_mode():
+        expected = model(given).logits[0, -6:]
+    torch.testing.assert_close(torch.cat(forced(model, given, 6)), expected, rtol=1e-4, atol=1e-4)
+    # The model's own code goes on as before with the fused weights.
+    with torch.inference_mode():
+        torch.testing.assert_close(model(given).logits[0, -6:], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_in_half_precision_the_scores_are_as_near_to_the_exact_ones_as_those_of_transformers():
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "initializer_range": 0.05}
+    exact, model = make_model(**sizes), make_model(**sizes).bfloat16()
+    given = torch.tensor([GIVEN])
+    with torch.inference_mode():
+        expected = exact(given).logits[0, -20:]
+        plain = PlainDecoder(model)
+        theirs = torch.cat([plain.scores(token[None, None]) for token in given[0]])[-20:]
+
+    def error(scores: torch.Tensor) -> float:
+        return float((scores.float() - expected).norm() / expected.norm())
+
+    compiled = torch.compile(decode_layer, backend="aot_eager", fullgraph=True, dynamic=False)
+    for made in (None, compiled):
+        assert 0 < error(torch.cat(forced(model, given, 20, made))) < 1.25 * error(theirs) < 0.2
+
+
+def test_all_layers_are_compiled_once_for_each_span(model):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    decoder = GraphedDecoder(make_model())
+    decoder._fixed._decode_layer = torch.compile(decode_layer, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.inference_mode():
+        decoder.prepare(GIVEN[:5])
+    draws = Draws(seed=1, max_tokens=12, temperature=0.7, top_p=0.8)
+    assert decoded(decoder, draws) == decoded(PlainDecoder(model), draws)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(SPANS)
+
+
+def test_fused_weights_are_there_once_and_move_as_others_do():
+    model = make_model()
+    before = Weights([model], torch.device("cpu")).size_bytes
+    given = torch.tensor([GIVEN])
+    with torch.inference_mode():
+        expected = forced(model, given, 1)[0]
+        fuse_projections(model)  # nothing is left to fuse
+    weights = Weights([model], torch.device("cpu"))
+    assert weights.size_bytes == before
+    weights.to_host()
+    assert torch.equal(forced(model, given, 1)[0], expected)
 
 
 def test_a_text_that_has_no_room_is_refused(graphed):
@@ -212,7 +307,8 @@ def test_compiled_decoding_makes_the_same_text_and_is_compiled_once(qwen_dir, ta
         # Each prompt has a thread of its own.
         draft = finish_in_time(effort, lambda asked=asked, effort=effort: compiled.write(asked, effort))
         assert draft.text == writer.write(asked, Effort(60.0)).text
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
+    # One for each span, and not one for each layer.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == len(SPANS)
 
 
 def test_what_was_recorded_is_forgotten_and_made_again(model, graphed):
