@@ -28,18 +28,23 @@ class Timed(Generic[Value]):
 def timed(work: Callable[[], Value], device: str, *, repeats: int = 1, elsewhere: int = 0) -> Timed[Value]:
     """Run ``work`` some times. Of the memory, ``elsewhere`` bytes belong to somebody else."""
     is_cuda = device.startswith("cuda")
+    wait_for(device)
     if is_cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     taken = []
     for _ in range(repeats):
         started = time.perf_counter()
         value = work()
-        if is_cuda:
-            torch.cuda.synchronize()
+        wait_for(device)
         taken.append(time.perf_counter() - started)
     peak = (torch.cuda.max_memory_allocated() - elsewhere) / GIB if is_cuda else None
     return Timed(seconds=statistics.median(taken), peak=peak, value=value)
+
+
+def wait_for(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 def allocated(device: str) -> int:

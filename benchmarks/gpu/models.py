@@ -1,11 +1,12 @@
 """Model directories in the diffusers layout: the production architectures with random weights, or small ones.
 
 How fast a model runs does not depend on what it says. Weights are drawn on the GPU and written once;
-a directory that is there is used again.
+a directory that is there is used again. Several processes may share them: one writes and the others wait.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import shutil
@@ -46,11 +47,14 @@ class Models:
 
     def _made(self, name: str, make: Callable[[Path], None]) -> Path:
         directory = self.directory / f"{name}{'-small' if self.is_small else ''}"
-        if not (directory / DONE).exists():
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-            make(directory)
-            (directory / DONE).touch()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with directory.with_suffix(".lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (directory / DONE).exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir()
+                make(directory)
+                (directory / DONE).touch()
         return directory
 
 

@@ -41,6 +41,8 @@ class Scale:
     tokens: int = 150
     jobs: int = 30
     repeats: int = 3
+    #: What one GPU takes for the video, where an earlier run measured it.
+    alone_seconds: float | None = None
 
 
 FULL = Scale(device="cuda", is_small=False)
@@ -99,6 +101,7 @@ ROWS = (
         name="wan81_50",
         group="wan",
         what="WAN 81 frames, 50 steps, to MP4",
+        alternative="diffusers (calculated)",
         target=48.0,
         floor=50 * WAN_STEP + WAN_DECODE,
     ),

@@ -43,7 +43,6 @@ class Sdxl:
         plain = timed(
             lambda: self._run_plain(count, scale.steps),
             scale.device,
-            repeats=min(scale.repeats, 2),
             elsewhere=held - self._plain_bytes,
         )
         return Measured(
