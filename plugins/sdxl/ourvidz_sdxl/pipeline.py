@@ -20,6 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image, fromarray
 from transformers.utils import logging as transformers_logging
 
+from ourvidz_core.engine.compilation import may_compile
 from ourvidz_core.engine.models import AlwaysResident
 from ourvidz_core.engine.pacing import StepPacer
 from ourvidz_core.engine.weight_files import read_module, read_weights
@@ -106,8 +107,10 @@ class SdxlPipeline:
             base.vae.to(torch.float32)
         base.to(device)
         if device.startswith("cuda"):
-            base.unet.to(memory_format=torch.channels_last)
-            base.vae.to(memory_format=torch.channels_last)
+            if may_compile(device):
+                # Without a compiler each normalization goes to the other layout, and that costs more than this gives.
+                base.unet.to(memory_format=torch.channels_last)
+                base.vae.to(memory_format=torch.channels_last)
             fuse_projections(base.unet)
             _lighten_decoder(base.vae, dtype)
         self.base = base
@@ -183,6 +186,7 @@ class SdxlPipeline:
     def forget_graphs(self) -> None:
         """Free the memory of what was recorded on weights where they lie; it is recorded anew when it is needed."""
         self._unet.forget()
+        self.prompts.forget_graphs()
 
     def settle(self) -> None:
         """All shapes that jobs are expected to have were drawn: no job waits for a compiler from here on."""

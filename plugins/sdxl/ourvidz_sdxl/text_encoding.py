@@ -14,6 +14,7 @@ from attrs import frozen
 from compel import ReturnedEmbeddingsType
 from compel.embeddings_provider import EmbeddingsProvider
 
+from ourvidz_core.engine.graphs import GraphedCall
 from ourvidz_core.errors import Fault, PayloadError
 from ourvidz_sdxl.prompts import parse_weights, plain_text
 
@@ -53,8 +54,18 @@ class PromptEncoder:
                 (pipeline.tokenizer_2, pipeline.text_encoder_2),
             )
         )
+        self._device = device
         self._chunk_tokens = int(pipeline.text_encoder.config.max_position_embeddings)
-        self._encoded = lru_cache(maxsize=_CACHED_TEXTS)(partial(_encode, self._providers, device))
+        self._readers = tuple(
+            GraphedCall(
+                partial(_read, provider.text_encoder),
+                name="SDXL's text encoder",
+                module=provider.text_encoder,
+                clones=True,
+            )
+            for provider in self._providers
+        )
+        self._encoded = lru_cache(maxsize=_CACHED_TEXTS)(self._encode)
 
     def count_tokens(self, prompt: str) -> int:
         """How many tokens ``prompt`` has without its weights, by the tokenizer that makes more of it."""
@@ -81,6 +92,24 @@ class PromptEncoder:
             chunks=tokens // self._chunk_tokens,
         )
 
+    def forget_graphs(self) -> None:
+        """Free the memory of what was recorded; it is recorded anew when it is needed."""
+        for reader in self._readers:
+            reader.forget()
+
+    def _encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        is_weighted = any(fragment.weight != 1 for fragment in parse_weights(prompt))
+        with torch.no_grad():
+            if is_weighted or self.count_tokens(prompt) > self._chunk_tokens - 2:
+                return _encode_weighted(self._providers, self._device, prompt)
+            # compel looks at its masks, and each look waits for all that the device still has to do.
+            text = plain_text(prompt)
+            made = [
+                reader(_first_chunk(provider, text, self._device))
+                for reader, provider in zip(self._readers, self._providers, strict=True)
+            ]
+            return torch.cat([embeddings for embeddings, _ in made], dim=-1), made[-1][1]
+
     def _padded(self, embeddings: torch.Tensor, tokens: int) -> torch.Tensor:
         if embeddings.shape[1] == tokens:
             return embeddings
@@ -90,25 +119,32 @@ class PromptEncoder:
         return torch.cat([embeddings, *[empty] * missing], dim=1)
 
 
-def _encode(providers: tuple[Any, ...], device: str, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode_weighted(providers: tuple[Any, ...], device: str, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
     # A fragment without tokens has no place in the sequence, and compel cannot weigh it.
     fragments = [f for f in parse_weights(prompt) if all(_token_ids(provider, f.text) for provider in providers)]
     texts, weights = [f.text for f in fragments] or [""], [f.weight for f in fragments] or [1.0]
-    with torch.no_grad():
-        embeddings = [
-            provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=device)
-            for provider in providers
-        ]
-        return torch.cat(embeddings, dim=-1), _pooled(providers[-1], plain_text(prompt), device)
+    embeddings = [
+        provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=device)
+        for provider in providers
+    ]
+    # diffusers takes the summary of the first chunk, and it knows no weights.
+    _, summary = _read(providers[-1].text_encoder, _first_chunk(providers[-1], plain_text(prompt), device))
+    return torch.cat(embeddings, dim=-1), summary
 
 
-def _pooled(provider: Any, text: str, device: str) -> torch.Tensor:
-    """The second encoder's summary of the first chunk, as diffusers takes it."""
-    inputs = provider.tokenizer(
+def _read(text_encoder: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """What a text encoder makes of chunks, and its summaries where it makes any."""
+    made = text_encoder(token_ids, output_hidden_states=True)
+    return made.hidden_states[-2], getattr(made, "text_embeds", None)
+
+
+def _first_chunk(provider: Any, text: str, device: str) -> torch.Tensor:
+    made = provider.tokenizer(
         text, padding="max_length", max_length=provider.max_token_count, truncation=True, return_tensors="pt"
     )
-    summary: torch.Tensor = provider.text_encoder(inputs.input_ids.to(device)).text_embeds
-    return summary
+    token_ids: torch.Tensor = made.input_ids
+    # From pinned memory the copy waits for nothing that the device still has to do.
+    return token_ids.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else token_ids
 
 
 def _token_ids(provider: Any, text: str) -> list[int]:

@@ -89,3 +89,16 @@ def test_denoising_never_waits_for_the_device_to_read_from_it(on_gpu: RecordingC
         torch.cuda.set_sync_debug_mode("default")
         base.unet.forward = own
     assert len(waits) == 8
+
+
+def test_a_new_text_is_read_while_the_device_goes_on(on_gpu: RecordingContext) -> None:
+    made(job(config={"seed": 40, "num_inference_steps": 2}), on_gpu)
+    prompts = warm_model(on_gpu).prompts
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        read = prompts.encode("a text that no job had", "and another")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    prompts.forget_graphs()
+    again = prompts.encode("a text that no job had ", "and another")
+    assert torch.equal(read.prompt, again.prompt)
