@@ -87,7 +87,8 @@ def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
     model = _warm(context, settings, choose_model(settings, None))
     presets: list[SdxlConfig] = [job_type.preset for job_type in job_types]
     sizes = sorted({model.variant.size_for(preset.width, preset.height) for preset in presets})
-    counts = IMAGE_COUNTS if model.may_be_compiled else (1,)
+    # The largest first: the compiler fits its kernels to what it sees first.
+    counts = sorted(IMAGE_COUNTS, reverse=True) if model.may_be_compiled else (1,)
     for (width, height), count in product(sizes, counts):
         request = ImageRequest(
             prompt="",
