@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import attrs
 import pytest
 
 from benchmarks.gpu import __main__ as benchmark
-from benchmarks.gpu import report
+from benchmarks.gpu import models, report
 from benchmarks.gpu.measure import measure
 from benchmarks.gpu.rows import BY_NAME, ROWS, Measured, Outcome, Skipped, choose
 
@@ -70,6 +71,38 @@ def test_the_table_shows_what_was_measured_and_why_the_rest_was_not(tmp_path: Pa
     assert first["ratio"] == pytest.approx(34 / 24)
     assert (first["is_met"], first["measured"]["peak"], first["target_ratio"]) == (True, 21.5, 1.35)
     assert (second["is_met"], second["measured"]) == (None, None)
+
+
+def test_the_tables_of_runs_beside_one_another_are_joined_in_order_and_measured_rows_win(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, joined = (tmp_path / name for name in ("first.json", "second.json", "joined.json"))
+    report.write(first, [measured("sdxl1", 0.7), Outcome(row="gpus2", status="skipped", reason="1 GPU")], {"cores": 2})
+    report.write(second, [measured("wan81", 24.0, alternative=34.0), measured("gpus2", 1.92)], {"cores": 3})
+
+    missing = tmp_path / "missing.json"
+    assert benchmark.main(["--join", str(first), str(second), str(missing), f"--json={joined}", "--markdown"]) == 0
+    shown = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert shown[2:] == ["wan81", "sdxl1", "gpus2"]
+    written = json.loads(joined.read_text("utf-8"))
+    assert written["machine"] == {"cores": 2}
+    assert [row["measured"]["ours"] for row in written["rows"]] == [24.0, 0.7, 1.92]
+
+
+def test_models_that_two_runs_need_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def write(directory: Path) -> None:
+        written.append(directory)
+        (directory / "model").touch()
+
+    monkeypatch.setattr(models, "_small_wan", write)
+    both = [models.Models(directory=tmp_path / "models", is_small=True) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(models.Models.wan, both))
+    assert found == [tmp_path / "models" / "wan-small"] * 2
+    assert written == found[:1]
+    assert (found[0] / "model").exists()
 
 
 def test_a_row_that_takes_too_long_is_given_up_and_the_next_begins(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """What a GPU does with OurVidz and with plain diffusers and transformers, side by side.
 
 ``python -m benchmarks.gpu [--only wan81,sdxl1] [--list] [--small] [--models DIRECTORY] [--json FILE]``
+``python -m benchmarks.gpu --join FILE FILE [--json FILE] [--markdown]``
 
 The models have the production architectures and random weights, on which speed does not depend; they are
 written below ``--models`` once, 40 GB, and used again by the next run. Every figure is of warm models and ends
 with a file on disk. Ours goes through what jobs go through: ``wan_generate``'s arguments, the SDXL pipeline,
 the writer of prompts, a worker's process. Groups of rows have a process each, one after another; a row that
 fails or takes too long is reported, and the others go on. The JSON is written anew after each row.
-``--small`` takes the same ways with tiny models on a processor. Ends with 1 where a row failed or missed its target.
+Two runs may share the models, each with a GPU of its own by ``CUDA_VISIBLE_DEVICES``; ``--join`` makes one table
+of theirs. ``--small`` takes the same ways with tiny models on a processor. Ends with 1 where a row failed or missed its
+target.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import contextlib
 import json
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,31 +34,38 @@ import cattrs
 import psutil
 
 from benchmarks.gpu import report
+from benchmarks.gpu.models import Models
 from benchmarks.gpu.rows import ROWS, Outcome, Row, choose
 
 Say = Callable[[Outcome], None]
 REASON = 900
+#: Models that a group of rows needs, as methods of ``Models``.
+MODELS = {"wan": "wan", "sdxl": "sdxl", "qwen": "qwen", "service": "sdxl", "gpus": "wan"}
 #: A process has this long to end its worker and itself.
 CLOSE_SECONDS = 20.0
 
 
-def run(rows: Sequence[Row], *, models: Path, is_small: bool, work: Path, on_outcome: Say) -> None:
-    """Measure ``rows`` and say what became of each."""
+def run(
+    rows: Sequence[Row], *, models: Path, is_small: bool, work: Path, on_outcome: Say, alone: float | None = None
+) -> None:
+    """Measure ``rows`` and say what became of each. ``alone``: see :class:`Scale`."""
+    options = [f"--models={models}", f"--out={work}"]
+    options += ["--small"] if is_small else []
+    options += [f"--alone={alone}"] if alone is not None else []
     for group, members in groupby(rows, key=lambda row: row.group):
         pending = list(members)
         while pending:
             done = 0
-            for outcome in _group(group, pending, models=models, is_small=is_small, work=work):
+            for outcome in _group(group, pending, options, work):
                 done += 1
                 on_outcome(outcome)
             # What is left after a crash begins again without the row that crashed.
             pending = pending[done:]
 
 
-def _group(group: str, rows: Sequence[Row], *, models: Path, is_small: bool, work: Path) -> Iterator[Outcome]:
+def _group(group: str, rows: Sequence[Row], options: Sequence[str], work: Path) -> Iterator[Outcome]:
     """The outcomes of one process; the last may be of the row that ended it."""
-    command = [sys.executable, "-m", "benchmarks.gpu.measure", group, *(row.name for row in rows)]
-    command += [f"--models={models}", f"--out={work}", *(["--small"] if is_small else [])]
+    command = [sys.executable, "-m", "benchmarks.gpu.measure", group, *(row.name for row in rows), *options]
     log = work / f"{group}.log"
     with log.open("ab") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, cwd=Path(__file__).parents[2])
@@ -121,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="tiny models on a processor")
     parser.add_argument("--models", type=Path, help="where models are written and found again (default: nowhere)")
     parser.add_argument("--json", type=Path, help="write the figures there, anew after each row")
+    parser.add_argument("--write-models", action="store_true", help="only write the models that the rows need")
+    parser.add_argument("--alone", type=Path, help="JSON of a run whose wan81 is what several GPUs are compared with")
+    parser.add_argument("--join", type=Path, nargs="+", help="only make one table of these runs' JSON")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     given = parser.parse_args(argv)
     try:
@@ -130,6 +144,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.list:
         print("\n".join(f"{row.name:12} {row.what}" for row in ROWS))
         return 0
+    if given.join:
+        return _joined(given.join, given.json, markdown=given.markdown)
+    if given.write_models:
+        models = Models(directory=given.models, is_small=given.small)
+        for name in {MODELS[row.group] for row in rows if row.group in MODELS}:
+            getattr(models, name)()
+        return 0
+    # An exception, so that what was started is ended.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))
     outcomes: list[Outcome] = []
     machine = report.this_machine()
 
@@ -140,15 +163,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             report.write(given.json, outcomes, machine)
 
     with tempfile.TemporaryDirectory(prefix="ourvidz-gpu-") as work:
-        models = given.models or Path(work) / "models"
-        run(rows, models=models, is_small=given.small, work=Path(work), on_outcome=on_outcome)
+        run(
+            rows,
+            models=given.models or Path(work) / "models",
+            is_small=given.small,
+            work=Path(work),
+            on_outcome=on_outcome,
+            alone=_alone(given.alone),
+        )
     print(f"\n{report.as_table(outcomes, markdown=given.markdown)}")
     if given.small:
         print("tiny models on a processor: the targets and floors are not theirs")
-    bad = [
-        outcome for outcome in outcomes if outcome.status == "failed" or (not given.small and outcome.is_met is False)
-    ]
-    return 1 if bad else 0
+    return 1 if any(_is_bad(outcome, is_small=given.small) for outcome in outcomes) else 0
+
+
+def _is_bad(outcome: Outcome, *, is_small: bool) -> bool:
+    return outcome.status == "failed" or (not is_small and outcome.is_met is False)
+
+
+def _joined(paths: Sequence[Path], written: Path | None, *, markdown: bool) -> int:
+    outcomes, machine = report.join(paths)
+    if written is not None:
+        report.write(written, outcomes, machine)
+    print(report.as_table(outcomes, markdown=markdown))
+    return 1 if any(_is_bad(outcome, is_small=False) for outcome in outcomes) else 0
+
+
+def _alone(path: Path | None) -> float | None:
+    if path is None:
+        return None
+    found = [outcome.measured for outcome in report.join([path])[0] if outcome.row == "wan81"]
+    return found[0].ours if found and found[0] is not None else None
 
 
 if __name__ == "__main__":

@@ -68,11 +68,12 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--alone", type=float)
     given = parser.parse_args()
     # An exception, so that a worker that was started is ended.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))
     warnings.filterwarnings("ignore", category=FutureWarning)
-    scale = SMALL if given.small else FULL
+    scale = attrs.evolve(SMALL if given.small else FULL, alone_seconds=given.alone)
     # Whatever a library prints goes where the errors go.
     answers, sys.stdout = sys.stdout, sys.stderr
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import cattrs
 
 from benchmarks.gpu.rows import BY_NAME, Outcome
 from ourvidz_core.cli.common import table
@@ -49,6 +50,22 @@ def write(path: Path, outcomes: Sequence[Outcome], machine: dict[str, Any]) -> N
     os.replace(unfinished, path)
 
 
+def join(paths: Sequence[Path]) -> tuple[list[Outcome], dict[str, Any]]:
+    """The outcomes that several runs wrote, in the table's order, and the machine of the first.
+
+    Of a row that several have, the last one that was measured. A file that is not there had nothing to say.
+    """
+    outcomes: dict[str, Outcome] = {}
+    machine: dict[str, Any] = {}
+    for path in filter(Path.exists, paths):
+        written = json.loads(path.read_text("utf-8"))
+        machine = machine or written["machine"]
+        for outcome in cattrs.structure(written["rows"], list[Outcome]):
+            if outcome.measured is not None or outcome.row not in outcomes:
+                outcomes[outcome.row] = outcome
+    return [outcomes[name] for name in BY_NAME if name in outcomes], machine
+
+
 def this_machine() -> dict[str, Any]:
     """What the figures depend on."""
     versions = {}
@@ -67,14 +84,25 @@ def this_machine() -> dict[str, Any]:
 
 
 def gpus() -> list[str]:
-    """The names of the GPUs, none of which is used."""
+    """The names of the GPUs that CUDA shows us, none of which is used."""
     import pynvml
 
+    return [str(pynvml.nvmlDeviceGetName(handle)) for handle in gpu_handles()]
+
+
+def gpu_handles() -> list[Any]:
+    """NVML's handles of the GPUs that CUDA shows us; NVML itself knows nothing of what CUDA hides."""
+    import pynvml
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         pynvml.nvmlInit()
+        names = range(pynvml.nvmlDeviceGetCount()) if visible is None else [name for name in visible.split(",") if name]
         return [
-            str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index)))
-            for index in range(pynvml.nvmlDeviceGetCount())
+            pynvml.nvmlDeviceGetHandleByIndex(int(name))
+            if str(name).isdecimal()
+            else pynvml.nvmlDeviceGetHandleByUUID(name)
+            for name in names
         ]
     except pynvml.NVMLError:
         return []

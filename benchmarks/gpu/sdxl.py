@@ -54,9 +54,13 @@ class Sdxl:
         self.__dict__.pop("_plain", None)
         self._run_ours(1)
         pipeline = self._load_plain(self._ours.dtype)
-        theirs = pipeline(**self._asked(1, self._scale.steps), output_type="latent").images
+        theirs, true = (
+            plain(**self._asked(1, self._scale.steps), output_type="latent").images
+            for plain in (pipeline, self._load_plain(torch.float32))
+        )
         assert self._last is not None
-        return Measured(ours=relative_error(self._last, theirs))
+        facts = {"ours_to_fp32": relative_error(self._last, true), "plain_to_fp32": relative_error(theirs, true)}
+        return Measured(ours=relative_error(self._last, theirs), facts=facts)
 
     @cached_property
     def _ours(self) -> Any:

@@ -1,6 +1,7 @@
 """Rows of a whole worker: Redis, the worker's process and its engine's, storage and callbacks over HTTP.
 
-How busy the GPU is comes from NVML: the share of time in which a kernel ran, by samples that the driver takes.
+How busy the GPU is comes from NVML: the share of time in which a kernel ran, by samples that the driver takes;
+and beside it the worker's own account of how long jobs had the device.
 On a processor it is the engine's processor time, so that the small run has a figure, too.
 """
 
@@ -10,23 +11,27 @@ import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
 import redis
 from attrs import define, field
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.gpu.models import Models, payload
-from benchmarks.gpu.report import gpus
+from benchmarks.gpu.report import gpu_handles, gpus
 from benchmarks.gpu.rows import Measured, Scale, Skipped
 from ourvidz_core.delivery.embedded import EmbeddedRedis
+from ourvidz_core.observe.catalog import BUSY
 from ourvidz_core.testing.servers import SupabaseServer
 
 SAMPLE_SECONDS = 0.02
@@ -58,21 +63,23 @@ class Service:
         self._open.close()
 
     def _start(self) -> Measured:
-        # The first fills the caches on disk, those of all numbers of images.
-        with self._opened("--preload") as (_, cold):
+        # The first fills the caches on disk; the other numbers of images are compiled beside it.
+        with self._opened(COUNTS[1:]) as (_, cold):
             pass
         self._worker, warm = self._open.enter_context(self._opened())
         return Measured(ours=warm, peak=_used_gib(), facts={"cold_seconds": cold})
 
     @contextlib.contextmanager
-    def _opened(self, *options: str) -> Iterator[tuple[RunningWorker, float]]:
+    def _opened(self, compiled_beside: Sequence[int] = ()) -> Iterator[tuple[RunningWorker, float]]:
         """A worker that had one job waiting, and the seconds to its image."""
         with RunningWorker.opened(self._out / "service", self._scale, "sdxl_queue", self._environ) as worker:
             started = time.time()
             worker.push("sdxl_image_high", config={"num_images": 1, "num_inference_steps": self._scale.steps})
-            worker.start(*options)
-            worker.wait_for(1, START_SECONDS)
-            yield worker, worker.ended() - started
+            worker.start()
+            with _compiling(compiled_beside, self._scale, worker.environ):
+                worker.wait_for(1, START_SECONDS)
+                taken = worker.ended() - started
+            yield worker, taken
 
     def _mixed(self) -> Measured:
         if self._worker is None:
@@ -83,6 +90,7 @@ class Service:
             worker.push("sdxl_image_fast", config={"num_images": count})
         before = 1 + len(counts)
         worker.wait_for(before, START_SECONDS)
+        held = worker.held_seconds()
         with Sampler(worker.engine_seconds) as sampler:
             images = 0
             for _ in range(self._scale.jobs):
@@ -91,11 +99,13 @@ class Service:
                 worker.push(chance.choice(["sdxl_image_fast", "sdxl_image_high"]), config={"num_images": count})
             worker.wait_for(before + self._scale.jobs, 150.0)
         began, ended = worker.began(before), worker.ended()
+        held = worker.held_seconds() - held
         return Measured(
             ours=100 * sampler.busy(began, ended),
             peak=sampler.peak_gib,
             facts={
                 "measured_by": sampler.source,
+                "held_by_jobs_percent": 100 * held / (ended - began),
                 "jobs": self._scale.jobs,
                 "images": images,
                 "wall_seconds": ended - began,
@@ -118,7 +128,7 @@ class SeveralGpus:
         if not self._scale.is_small and len(gpus()) < count:
             raise Skipped(f"this machine has {len(gpus())} GPUs")
         if self._alone is None:
-            self._alone = self._seconds(1)
+            self._alone = self._scale.alone_seconds or self._seconds(1)
         together = self._seconds(count)
         return Measured(ours=self._alone / together, facts={"alone_seconds": self._alone, "together_seconds": together})
 
@@ -175,6 +185,7 @@ class RunningWorker:
                     "OURVIDZ_STATE_DIR": str(directory / "state"),
                     "OURVIDZ_WORK_DIR": str(directory / "work"),
                     "OURVIDZ_DEVICE": scale.device,
+                    "OURVIDZ_HEALTH_ADDRESS": f"127.0.0.1:{_free_port()}",
                     **environ,
                 },
             )
@@ -185,11 +196,11 @@ class RunningWorker:
                 client.close()
                 server.close()
 
-    def start(self, *options: str) -> None:
-        """Start the process with these options of ``ourvidz worker``."""
+    def start(self) -> None:
+        """Start the process."""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ourvidz_core", "worker", f"--queues={self.queue}", "--no-checks", *options],
+                [sys.executable, "-m", "ourvidz_core", "worker", f"--queues={self.queue}", "--no-checks"],
                 env=self.environ,
                 stdout=log,
                 stderr=log,
@@ -252,6 +263,13 @@ class RunningWorker:
     def ended(self) -> float:
         """When the last job's end was reported."""
         return max(at for _, at in self.outcomes().values())
+
+    def held_seconds(self) -> float:
+        """How long jobs have had the device so far, by the worker's own account."""
+        with urllib.request.urlopen(f"http://{self.environ['OURVIDZ_HEALTH_ADDRESS']}/metrics", timeout=5) as answer:
+            page = answer.read().decode()
+        samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+        return next(sample.value for sample in samples if sample.name.startswith(BUSY.name))
 
     def engine_seconds(self) -> float:
         """Processor time of the engine so far."""
@@ -316,14 +334,32 @@ class Sampler:
             self.peak_gib = max(self.peak_gib or 0.0, _used_gib() or 0.0)
 
 
-def _first_gpu() -> Any:
-    import pynvml
+@contextlib.contextmanager
+def _compiling(counts: Sequence[int], scale: Scale, environ: Mapping[str, str]) -> Iterator[None]:
+    """Fills the caches of a worker with the kernels for these numbers of images, each by a process of its own.
 
+    They have ended when the block has. What fails is told in their log, and compiled by whoever needs it.
+    """
+    command = [sys.executable, "-m", "benchmarks.gpu.fill", scale.device, str(scale.side)]
+    started = [subprocess.Popen([*command, str(min(count, scale.images))], env=environ) for count in counts]
     try:
-        pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByIndex(0)
-    except pynvml.NVMLError:
-        return None
+        yield
+        for process in started:
+            process.wait(START_SECONDS)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def _first_gpu() -> Any:
+    return next(iter(gpu_handles()), None)
 
 
 def _used_gib() -> float | None:

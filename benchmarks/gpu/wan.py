@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -116,10 +117,30 @@ class Wan:
         return Measured(ours=ours.seconds, peak=ours.peak, facts={"psnr_db": psnr, **self._facts(ours.value)})
 
     def _error(self) -> Measured:
+        """Beside it, of one frame, how far both are from single precision: plain half precision is off as well."""
         if {"ours", "plain"} - self._latents.keys() or self._latents["ours"].shape != self._latents["plain"].shape:
             made = self._run_ours(self._scale.frames, WARM_STEPS + 1, prompt=0)
             self._run_plain(self._scale.frames, WARM_STEPS + 1, made)
-        return Measured(ours=self._latent_error())
+        error = self._latent_error()
+        made = self._run_ours(1, self._scale.steps, prompt=0)
+        ours = self._latents["ours"]
+        plain, true = (
+            pipeline(**self._asked(1, self._scale.steps, made), output_type="latent").frames
+            for pipeline in (self._plain, self._plain_in_single_precision())
+        )
+        facts = {
+            "frame_ours_to_plain": relative_error(ours, plain),
+            "frame_ours_to_fp32": relative_error(ours, true),
+            "frame_plain_to_fp32": relative_error(plain, true),
+        }
+        return Measured(ours=error, facts=facts)
+
+    def _plain_in_single_precision(self) -> Any:
+        """With the same weights; the texts are those that plain diffusers' encoder makes."""
+        parts = {**self._plain.components, "transformer": copy.deepcopy(self._plain.transformer).float()}
+        pipeline = type(self._plain)(**parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     @cached_property
     def _ours(self) -> Any:
@@ -204,24 +225,26 @@ class Wan:
                 denoised = time.perf_counter()
             return {}
 
-        video = self._plain(
-            prompt=self._last_prompt,
-            negative_prompt=NEGATIVE,
-            width=like.width,
-            height=like.height,
-            num_frames=frames,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            generator=torch.Generator("cpu").manual_seed(SEED),
-            output_type="np",
-            callback_on_step_end=keep,
-        ).frames[0]
+        asked = self._asked(frames, steps, like)
+        video = self._plain(**asked, output_type="np", callback_on_step_end=keep).frames[0]
         pictures = (video * 255).round().astype(np.uint8)
         if frames == 1:
             Image.fromarray(pictures[0]).save(self._out / "plain.png")
         else:
             write_video(pictures, self._out / "plain.mp4", {}, fps=16)
         return denoised - started
+
+    def _asked(self, frames: int, steps: int, like: Any) -> dict[str, Any]:
+        return {
+            "prompt": self._last_prompt,
+            "negative_prompt": NEGATIVE,
+            "width": like.width,
+            "height": like.height,
+            "num_frames": frames,
+            "num_inference_steps": steps,
+            "guidance_scale": GUIDANCE,
+            "generator": torch.Generator("cpu").manual_seed(SEED),
+        }
 
     def _latent_error(self) -> float:
         return relative_error(self._latents["ours"], self._latents["plain"])
