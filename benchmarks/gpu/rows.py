@@ -137,7 +137,7 @@ ROWS = (
         what="small models in fp32, latents, relative error",
         unit="",
         target=1e-4,
-        limit=60.0,
+        limit=120.0,
     ),
     Row(
         name="start",
