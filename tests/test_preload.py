@@ -18,7 +18,7 @@ from tests.deployment import Fleet
 QUEUE = "acme_queue"
 #: A model that takes until somebody lets it, and a plugin whose model is broken.
 PLUGIN = """
-import os, time
+import logging, os, time
 from ourvidz_core import Artifact, Generation, JobType, hookimpl
 
 @hookimpl
@@ -29,6 +29,7 @@ def register_job_types():
 def load():
     if "{name}" == "acme_broken":
         raise RuntimeError("the acme is broken")
+    logging.getLogger("acme").info("reading the acme's weights")
     while not os.path.exists(os.environ["ACME_GO"]):
         time.sleep(0.01)
     return {{"loaded_for": "a job"}}
@@ -75,6 +76,7 @@ def test_the_first_job_finds_its_model_loaded_and_a_broken_one_stops_nothing(fle
 
     fleet.wait_for(lambda: [status.engine for status in board.workers()] == [EngineState.WARMING])
     assert [status.state for status in board.workers()] == [WorkerState.STARTING]
+    fleet.wait_for(lambda: [status.engine_doing for status in board.workers()] == ["reading the acme's weights"])
     assert fleet.queue.depth(QUEUE).waiting == 2  # for whoever is ready sooner
     (tmp_path / "go").touch()
 

@@ -250,6 +250,7 @@ def make_worker(
             queues=tuple(queues),
             state=lambda: made.state,
             engine=lambda: machine.slot.state,
+            engine_doing=lambda: machine.slot.doing,
             busy_seconds=lambda: machine.slot.busy_seconds,
             dropped_records=lambda: usage.dropped,
             vitals=parts.vitals,

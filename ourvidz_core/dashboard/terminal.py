@@ -126,7 +126,9 @@ def _workers(overview: Overview) -> Iterable[Sequence[RenderableType]]:
         yield (
             _text(worker.name),
             worker.state.value,
-            Text(worker.engine.value, "red" if worker.engine == "failed" else ""),
+            Text(worker.engine.value, "red" if worker.engine == "failed" else "")
+            if worker.engine_doing is None
+            else _text(f"{worker.engine.value}: {worker.engine_doing}"),
             *_memory(worker.device),
             str(worker.completed),
             Text(str(worker.failed), "red" if worker.failed else ""),

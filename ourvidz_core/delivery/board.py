@@ -91,6 +91,8 @@ class WorkerStatus:
     started_at: float
     published_at: float = field(factory=time.time)
     engine: EngineState = EngineState.STOPPED
+    #: What the engine is about while it warms up, in words; None at other times.
+    engine_doing: str | None = None
     jobs: tuple[RunningJob, ...] = ()
     #: None where there is no device, or nothing to ask it with.
     device: DeviceMemory | None = None

@@ -15,7 +15,17 @@ from typing import Protocol
 from attrs import define, field
 
 from ourvidz_core.engine.child import EngineChild, Request
-from ourvidz_core.engine.protocol import JobBroken, JobFinished, Progress, Reached, RunJob, Stage, WarmedUp, WarmUp
+from ourvidz_core.engine.protocol import (
+    Doing,
+    JobBroken,
+    JobFinished,
+    Progress,
+    Reached,
+    RunJob,
+    Stage,
+    WarmedUp,
+    WarmUp,
+)
 from ourvidz_core.errors import EngineCrashed, EngineLost, EngineStalled, JobCancelled, JobTimeout
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.wire.artifacts import FinishedGeneration
@@ -36,6 +46,7 @@ _MOST_ENGINES = 3
 
 OnProgress = Callable[[str, int, int], None]
 OnMoment = Callable[[], None]
+OnText = Callable[[str], None]
 
 
 def ignore_progress(stage: str, step: int, total: int) -> None:
@@ -43,6 +54,10 @@ def ignore_progress(stage: str, step: int, total: int) -> None:
 
 
 def ignore_moment() -> None:
+    """For callers that do not watch."""
+
+
+def ignore_text(text: str) -> None:
     """For callers that do not watch."""
 
 
@@ -80,9 +95,12 @@ class Engine(Protocol):
         job_types: Sequence[str],
         *,
         timeout_seconds: float,
+        on_doing: OnText = ignore_text,
         cancelled: threading.Event | None = None,
     ) -> None:
         """Have the plugin of ``distribution`` make ready what ``job_types`` need.
+
+        ``on_doing`` is told what it is about, in words.
 
         :raises JobError: it could not; ``EngineCrashed``, ``JobTimeout`` and ``JobCancelled`` among them.
         """
@@ -176,6 +194,7 @@ class EngineProcess:
         job_types: Sequence[str],
         *,
         timeout_seconds: float,
+        on_doing: OnText = ignore_text,
         cancelled: threading.Event | None = None,
     ) -> None:
         """See :meth:`Engine.warm_up`. Starts the engine where none runs."""
@@ -192,6 +211,7 @@ class EngineProcess:
                 _Watch(
                     timeout_seconds=timeout_seconds,
                     stall_seconds=self._stall_seconds,
+                    on_doing=on_doing,
                     cancelled=cancelled or threading.Event(),
                 ),
                 subject=f"{distribution} warmed up",
@@ -274,6 +294,7 @@ class _Watch:
     on_progress: OnProgress = ignore_progress
     on_begun: OnMoment = ignore_moment
     on_generated: OnMoment = ignore_moment
+    on_doing: OnText = ignore_text
     cancelled: threading.Event
     #: Nobody knows how long the jobs before it take.
     _deadline: float = field(default=math.inf, init=False)
@@ -298,6 +319,8 @@ class _Watch:
                     case Progress(stage=stage, step=step, total=total):
                         self.on_progress(stage, step, total)
                         self._stall_deadline = time.monotonic() + self.stall_seconds
+                    case Doing(text=text):
+                        self.on_doing(text)
                     case Reached(stage=stage):
                         self._note(stage)
             if self.cancelled.is_set() and self._cancel_deadline == math.inf:

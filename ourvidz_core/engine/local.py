@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ourvidz_core.engine.context import EngineContext
-from ourvidz_core.engine.host import OnMoment, OnProgress, ignore_moment, ignore_progress
+from ourvidz_core.engine.host import OnMoment, OnProgress, OnText, ignore_moment, ignore_progress, ignore_text
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.perform import perform, warm_up
 from ourvidz_core.plugins.registry import Registry
@@ -60,6 +60,7 @@ class LocalEngine:
         job_types: Sequence[str],
         *,
         timeout_seconds: float,
+        on_doing: OnText = ignore_text,  # noqa: ARG002 - its log is this process's own
         cancelled: threading.Event | None = None,
     ) -> None:
         """See :meth:`~ourvidz_core.engine.host.Engine.warm_up`."""

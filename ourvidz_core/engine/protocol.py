@@ -115,6 +115,14 @@ class Progress:
 
 
 @frozen(kw_only=True)
+class Doing:
+    """Engine to worker: what it is about, in words. No step: silence may follow."""
+
+    request: int
+    text: str
+
+
+@frozen(kw_only=True)
 class JobFinished:
     """Engine to worker: the artifacts are in the work directory."""
 
@@ -130,10 +138,12 @@ class JobBroken:
     error: JobError
 
 
-EngineMessage = RunJob | CancelJob | WarmUp | WarmedUp | EngineReady | Reached | Progress | JobFinished | JobBroken
+EngineMessage = (
+    RunJob | CancelJob | WarmUp | WarmedUp | EngineReady | Reached | Progress | Doing | JobFinished | JobBroken
+)
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (RunJob, CancelJob, WarmUp, WarmedUp, EngineReady, Reached, Progress, JobFinished, JobBroken)
+    for kind in (RunJob, CancelJob, WarmUp, WarmedUp, EngineReady, Reached, Progress, Doing, JobFinished, JobBroken)
 }
 
 

@@ -33,6 +33,7 @@ from ourvidz_core.engine.protocol import (
     JOB_MARK,
     CancelJob,
     Channel,
+    Doing,
     EngineReady,
     JobBroken,
     JobFinished,
@@ -55,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 #: A progress bar does not move faster than this, and a step may take a millisecond.
 _PROGRESS_SECONDS = 0.1
+#: What is shown of a line of the log while the engine warms up.
+_DOING_CHARACTERS = 200
 #: The thread with the device lets go of the interpreter in calls into torch, and gets it back after this long from one
 #: that writes files. 3,000 small calls beside a thread of pure Python take 19 ms with the default of 5 ms, and 10 with
 #: this; alone they take 6.
@@ -120,7 +123,11 @@ class EngineServer:
 
     def _warm_up(self, request: WarmUp) -> None:
         self._channel.send(Reached(request=request.request, stage=Stage.GENERATING))
-        with tempfile.TemporaryDirectory() as directory, self._answering_for(request):
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            self._answering_for(request),
+            _told_to(self._channel, request.request),
+        ):
             context = self._context(request, Path(directory))
             warm_up(self._registry, request.distribution, request.job_types, context)
             self._answer(WarmedUp(request=request.request))
@@ -233,6 +240,34 @@ class _ProgressTeller:
         if step_is != self._said and (step >= total or now - self._said_at >= _PROGRESS_SECONDS):
             self._said_at, self._said = now, step_is
             self._channel.send(Progress(request=self._request, stage=stage, step=step, total=total))
+
+
+class _LogTeller(logging.Handler):
+    """Tells the worker what this thread logs."""
+
+    def __init__(self, channel: Channel, request: int) -> None:
+        super().__init__(logging.INFO)
+        self._channel = channel
+        self._request = request
+        self._thread = threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread != self._thread:
+            return
+        with contextlib.suppress(Exception):  # a library's wrong arguments, or a worker that is gone
+            text = redact(record.getMessage())[:_DOING_CHARACTERS]
+            self._channel.send(Doing(request=self._request, text=text))
+
+
+@contextlib.contextmanager
+def _told_to(channel: Channel, request: int) -> Iterator[None]:
+    """The worker hears what this thread logs within the block."""
+    teller = _LogTeller(channel, request)
+    logging.getLogger().addHandler(teller)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(teller)
 
 
 def _subject_of(request: RunJob | WarmUp) -> tuple[str, str, tuple[str | None, ...]]:

@@ -52,6 +52,8 @@ class Subject:
     vitals: Vitals
     #: The id and the work directory of the job that has the engine.
     working_on: Callable[[], tuple[str, Path] | None] = lambda: None
+    #: What the engine is about while it warms up, in words.
+    engine_doing: Callable[[], str | None] = lambda: None
 
 
 @contextlib.contextmanager
@@ -87,6 +89,7 @@ def watched(
                 state=subject.state(),
                 published_at=time.time(),
                 engine=subject.engine(),
+                engine_doing=subject.engine_doing(),
                 jobs=previews.mark(activity.running),
                 device=device.memory(),
                 completed=counts.completed,

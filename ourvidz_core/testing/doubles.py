@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ourvidz_core.delivery.storage import DirectoryStorage
 from ourvidz_core.engine.context import EngineContext
-from ourvidz_core.engine.host import OnMoment, OnProgress, ignore_moment, ignore_progress
+from ourvidz_core.engine.host import OnMoment, OnProgress, OnText, ignore_moment, ignore_progress, ignore_text
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.errors import JobError
 from ourvidz_core.wire.artifacts import Asset, FinishedGeneration
@@ -89,6 +89,7 @@ class StubEngine:
         job_types: Sequence[str],
         *,
         timeout_seconds: float,
+        on_doing: OnText = ignore_text,
         cancelled: threading.Event | None = None,
     ) -> None:
         """It is always warm."""

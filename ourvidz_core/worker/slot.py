@@ -10,7 +10,7 @@ from pathlib import Path
 
 import attrs
 
-from ourvidz_core.engine.host import Engine, OnMoment, OnProgress, ignore_moment, ignore_progress
+from ourvidz_core.engine.host import Engine, OnMoment, OnProgress, OnText, ignore_moment, ignore_progress, ignore_text
 from ourvidz_core.errors import JobCancelled
 from ourvidz_core.wire.artifacts import FinishedGeneration
 from ourvidz_core.wire.events import Event, GenerationStarted
@@ -47,6 +47,7 @@ class EngineSlot:
         self._changed = threading.Condition()
         self._turns: list[_Turn] = []
         self._busy_before = 0.0
+        self._doing: str | None = None
         #: What a job of each type had the device for, the last time.
         self._usual_seconds: dict[str, float] = {}
 
@@ -54,6 +55,11 @@ class EngineSlot:
     def state(self) -> EngineState:
         """What the engine is doing."""
         return self._engine.state
+
+    @property
+    def doing(self) -> str | None:
+        """What the engine says it is about while it warms up; None when it does not, or has said nothing yet."""
+        return self._doing
 
     @property
     def working_on(self) -> tuple[str, Path] | None:
@@ -125,10 +131,21 @@ class EngineSlot:
         job_types: Sequence[str],
         *,
         timeout_seconds: float,
+        on_doing: OnText = ignore_text,
         cancelled: threading.Event | None = None,
     ) -> None:
         """Before any job asks: see :meth:`~ourvidz_core.engine.host.Engine.warm_up`."""
-        self._engine.warm_up(distribution, job_types, timeout_seconds=timeout_seconds, cancelled=cancelled)
+
+        def note(text: str) -> None:
+            self._doing = text
+            on_doing(text)
+
+        try:
+            self._engine.warm_up(
+                distribution, job_types, timeout_seconds=timeout_seconds, on_doing=note, cancelled=cancelled
+            )
+        finally:
+            self._doing = None
 
     def seconds_until_free(self, wanted: Sequence[str]) -> float | None:
         """When the device will have done all the jobs of the types ``wanted``, those that asked for it among them.

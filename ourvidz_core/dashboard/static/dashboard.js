@@ -130,7 +130,7 @@ function showWorkers(workers) {
     doing.className = `badge ${STATES[worker.state] ?? ""}`;
     say(doing, worker.state);
     broken.hidden = worker.engine !== "failed";
-    say(facts, [`on ${worker.host}`, worker.queues.join(", "), `engine ${worker.engine}`, `${worker.completed} completed`, `${worker.failed} failed`, `${worker.retried} retried`].join(" · "));
+    say(facts, [`on ${worker.host}`, worker.queues.join(", "), `engine ${worker.engine}${worker.engine_doing ? `: ${worker.engine_doing}` : ""}`, `${worker.completed} completed`, `${worker.failed} failed`, `${worker.retried} retried`].join(" · "));
     memory.hidden = worker.device === null;
     if (worker.device !== null) {
       const { used_gb, total_gb } = worker.device;
