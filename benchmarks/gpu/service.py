@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,23 +63,21 @@ class Service:
         self._open.close()
 
     def _start(self) -> Measured:
-        # The first fills the caches on disk; the other numbers of images are compiled beside it.
-        with self._opened(COUNTS[1:]) as (_, cold):
+        # The first compiles for all numbers of images and fills the caches on disk.
+        with self._opened() as (_, cold):
             pass
         self._worker, warm = self._open.enter_context(self._opened())
         return Measured(ours=warm, peak=_used_gib(), facts={"cold_seconds": cold})
 
     @contextlib.contextmanager
-    def _opened(self, compiled_beside: Sequence[int] = ()) -> Iterator[tuple[RunningWorker, float]]:
+    def _opened(self) -> Iterator[tuple[RunningWorker, float]]:
         """A worker that had one job waiting, and the seconds to its image."""
         with RunningWorker.opened(self._out / "service", self._scale, "sdxl_queue", self._environ) as worker:
             started = time.time()
             worker.push("sdxl_image_high", config={"num_images": 1, "num_inference_steps": self._scale.steps})
-            worker.start()
-            with _compiling(compiled_beside, self._scale, worker.environ):
-                worker.wait_for(1, START_SECONDS)
-                taken = worker.ended() - started
-            yield worker, taken
+            worker.start("--preload")
+            worker.wait_for(1, START_SECONDS)
+            yield worker, worker.ended() - started
 
     def _mixed(self) -> Measured:
         if self._worker is None:
@@ -196,11 +194,11 @@ class RunningWorker:
                 client.close()
                 server.close()
 
-    def start(self) -> None:
-        """Start the process."""
+    def start(self, *options: str) -> None:
+        """Start the process with these options of ``ourvidz worker``."""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ourvidz_core", "worker", f"--queues={self.queue}", "--no-checks"],
+                [sys.executable, "-m", "ourvidz_core", "worker", f"--queues={self.queue}", "--no-checks", *options],
                 env=self.environ,
                 stdout=log,
                 stderr=log,
@@ -332,24 +330,6 @@ class Sampler:
             busy = pynvml.nvmlDeviceGetUtilizationRates(self._device).gpu
             self._samples.append((time.time(), busy / 100))
             self.peak_gib = max(self.peak_gib or 0.0, _used_gib() or 0.0)
-
-
-@contextlib.contextmanager
-def _compiling(counts: Sequence[int], scale: Scale, environ: Mapping[str, str]) -> Iterator[None]:
-    """Fills the caches of a worker with the kernels for these numbers of images, each by a process of its own.
-
-    They have ended when the block has. What fails is told in their log, and compiled by whoever needs it.
-    """
-    command = [sys.executable, "-m", "benchmarks.gpu.fill", scale.device, str(scale.side)]
-    started = [subprocess.Popen([*command, str(min(count, scale.images))], env=environ) for count in counts]
-    try:
-        yield
-        for process in started:
-            process.wait(START_SECONDS)
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 def _free_port() -> int:
