@@ -260,7 +260,7 @@ def _prompt(number: int) -> str:
 
 
 def _is_of_speed(name: str) -> bool:
-    return any(part in name for part in ("attention", "compil", "tier", "kernel", "graph", "cache", "gpus"))
+    return any(part in name for part in ("attention", "compil", "tier", "computed", "kernel", "graph", "cache", "gpus"))
 
 
 @contextlib.contextmanager

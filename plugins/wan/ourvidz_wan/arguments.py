@@ -15,7 +15,7 @@ from attrs import frozen
 
 from ourvidz_core.errors import OurVidzError
 from ourvidz_core.wire.jobs import SEED_LIMIT
-from ourvidz_wan.config import DEFAULT_REFERENCE_STRENGTH, FRAMES_PER_LATENT, Solver, frames_of
+from ourvidz_wan.config import DEFAULT_REFERENCE_STRENGTH, FRAMES_PER_LATENT, Solver, Tier, frames_of
 from ourvidz_wan.tasks import TASKS, Task
 
 #: One frame is written as a picture, more as a video.
@@ -57,6 +57,7 @@ class GenerateArguments:
     #: How many devices predict, the first of them ``device``.
     gpus: int = 1
     device: str = "auto"
+    tier: Tier = Tier.EXACT
 
 
 def parse_arguments(argv: Sequence[str]) -> GenerateArguments:
@@ -101,6 +102,7 @@ def parse_arguments(argv: Sequence[str]) -> GenerateArguments:
         negative_prompt=None if given.negative_prompt is None else _text(given.negative_prompt),
         gpus=given.gpus,
         device=given.device,
+        tier=Tier(given.tier),
     )
 
 
@@ -144,6 +146,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--negative_prompt", help="what not to show (default: the model's own)")
     add("--gpus", type=int, default=1, help="how many GPUs a text-to-video job uses (default: %(default)s)")
+    add(
+        "--tier",
+        default=Tier.EXACT.value,
+        choices=[tier.value for tier in Tier],
+        help="exact: every step; fast: under half of them (default: %(default)s)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     return parser
 

@@ -33,7 +33,7 @@ from ourvidz_core.engine.weight_files import read_module
 from ourvidz_core.errors import ModelUnavailable
 from ourvidz_core.plugins.residency import Residence
 from ourvidz_wan.acceleration import Acceleration, prepare_transformer
-from ourvidz_wan.config import Solver, WanVariant
+from ourvidz_wan.config import Solver, Tier, WanVariant
 from ourvidz_wan.decoding import Decoder
 from ourvidz_wan.layout import (
     NATIVE_TEXT_ENCODER,
@@ -188,10 +188,12 @@ def load_transformer(ckpt_dir: Path, task: Task, *, device: torch.device, dtype:
     return transformer
 
 
-def make_scheduler(solver: Solver, shift: float) -> Any:
+def make_scheduler(solver: Solver, shift: float, tier: Tier = Tier.EXACT) -> Any:
     """A new scheduler of WAN's flow; it keeps state, so that each video needs its own."""
-    scheduler: Any = SCHEDULERS[solver]
-    return scheduler(**{**_shipped("scheduler"), "flow_shift": shift})
+    kind: Any = SCHEDULERS[solver]
+    scheduler = kind(**{**_shipped("scheduler"), "flow_shift": shift})
+    scheduler.tier = tier
+    return scheduler
 
 
 def convert_checkpoint(source: Path, target: Path, task: Task, *, dtype: torch.dtype | None = None) -> None:

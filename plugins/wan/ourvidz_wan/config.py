@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from attrs import field, frozen, validators
+from attrs import converters, field, frozen, validators
 from typed_settings.cls_attrs import option
 
 #: Frames a latent stands for; a video has one frame more than a multiple of it.
@@ -31,6 +31,15 @@ class Solver(StrEnum):
     DPM = "dpm++"
 
 
+class Tier(StrEnum):
+    """How much of a job's work is done; see :mod:`ourvidz_wan.tiers`."""
+
+    #: Every step, as plain diffusers would.
+    EXACT = "exact"
+    #: Not all steps: sooner, and nearly the same.
+    FAST = "fast"
+
+
 class RunAs(StrEnum):
     """Where a job's command line is executed."""
 
@@ -50,6 +59,8 @@ class WanConfig:
     sample_shift: float = 5.0
     frame_num: int = 81
     reference_strength: float = DEFAULT_REFERENCE_STRENGTH
+    #: None is the setting's.
+    tier: Tier | None = field(default=None, converter=converters.optional(Tier))
 
 
 @frozen(kw_only=True)
@@ -109,6 +120,10 @@ class WanSettings:
         default=1,
         validator=validators.ge(1),
         help="How many of the GPUs that a worker sees one text-to-video job uses; see the guide on several GPUs",
+    )
+    tier: Tier = option(
+        default=Tier.EXACT,
+        help="exact: every step; fast: under half of them, sooner and nearly the same; a job's own config.tier counts",
     )
     use_job_negative_prompt: bool = option(
         default=False, help="Give a job's own negative prompt to the model in place of the model's default"

@@ -19,7 +19,7 @@ from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job, ReferenceMode
 from ourvidz_wan.arguments import IMAGE_SUFFIX, GenerateArguments, UsageError, parse_arguments
-from ourvidz_wan.config import RunAs, WanConfig, WanSettings, WanVariant, as_size, scaled_size
+from ourvidz_wan.config import RunAs, Tier, WanConfig, WanSettings, WanVariant, as_size, scaled_size
 from ourvidz_wan.jobs import TASK, uses_strength
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ FACTS_IN_WORDS = frozenset(
         "reference_method",
         "negative_prompt_source",
         "attention",
+        "tier",
         "vae_dtype",
         "prompt",
     }
@@ -90,6 +91,9 @@ def build_wan_command(job: Job, context: JobContext) -> Command:
         # Our own options; another script's command line ends with those above.
         if uses_strength(job.reference_mode, is_video=not is_image):
             options["reference_strength"] = config.reference_strength
+        tier = config.tier or settings.tier
+        if tier is not Tier.EXACT:
+            options["tier"] = tier.value
         if settings.gpus > 1:
             options["gpus"] = settings.gpus
         if settings.use_job_negative_prompt and job.negative_prompt is not None:
@@ -283,6 +287,7 @@ def _asked(job: Job) -> dict[str, Any]:
         "steps": config.sample_steps,
         "guidance_scale": config.sample_guide_scale,
         "shift": config.sample_shift,
+        "tier": None,
         "reference_applied": False,
         "negative_prompt_source": None,
     }

@@ -13,7 +13,7 @@ from ourvidz_core.plugins.defaults import expected_seconds_of
 from ourvidz_core.wire.job_types import ContentType, JobType
 from ourvidz_core.wire.jobs import Job, ReferenceMode, References, seed_of
 from ourvidz_core.wire.payloads import Payload, converter, shown, without_token
-from ourvidz_wan.config import Solver, WanConfig, frames_of, is_set
+from ourvidz_wan.config import Solver, Tier, WanConfig, frames_of, is_set
 from ourvidz_wan.tasks import TASKS
 
 #: The task of every job of the deployed system; references need no other weights.
@@ -60,6 +60,7 @@ LIMITS: Mapping[str, Limit] = {
     "sample_guide_scale": Limit(float, lambda scale: 0 <= scale <= 20, "a number from 0 to 20"),
     "sample_solver": Limit(str, lambda solver: solver in set(Solver), "unipc or dpm++"),
     "sample_shift": Limit(float, lambda shift: 0 < shift <= 20, "a number above 0, at most 20"),
+    "tier": Limit(str, lambda tier: tier in set(Tier), "exact or fast"),
 }
 FRAME_LIMIT = Limit(int, lambda frames: 5 <= frames <= 121, "an integer from 5 to 121")
 STRENGTH_LIMIT = Limit(float, lambda strength: 0.1 <= strength <= 1, "a number from 0.1 to 1.0")

@@ -8,7 +8,7 @@ from attrs import field, frozen
 from attrs.validators import ge, gt, in_, le, optional
 
 from ourvidz_core.wire.keys import ConfigKeys, MetadataKeys
-from ourvidz_wan.config import Solver
+from ourvidz_wan.config import Solver, Tier
 from ourvidz_wan.tasks import TASKS
 
 _STRENGTH = optional([ge(0.1), le(1.0)])
@@ -31,6 +31,9 @@ class WanConfigKeys(ConfigKeys):
     sample_solver: Solver | None = field(default=None, metadata={"description": "Sampling method"})
     sample_shift: float | None = field(
         default=None, validator=optional([gt(0), le(20)]), metadata={"description": "Shift of the noise schedule"}
+    )
+    tier: Tier | None = field(
+        default=None, metadata={"description": "exact, or fast with fewer steps; without one OURVIDZ_WAN_TIER counts"}
     )
     image: str | None = field(
         default=None, metadata={"description": "URL of a single reference; not used beside a first or last frame"}

@@ -28,10 +28,11 @@ from ourvidz_wan.conditioning import (
     resembling,
     single_start_sigma,
 )
-from ourvidz_wan.config import as_size, frames_of, scaled_size
+from ourvidz_wan.config import Tier, as_size, frames_of, scaled_size
 from ourvidz_wan.decoding import Arriving, Frames, latent_statistics
 from ourvidz_wan.denoising import denoise
 from ourvidz_wan.tasks import Pipeline
+from ourvidz_wan.tiers import steps_taken
 from ourvidz_wan.video import read_video
 
 #: Called with the step that is done and the number of steps; may raise to stop.
@@ -183,10 +184,13 @@ def _make_latents(arguments: GenerateArguments, models: WanModels, on_progress: 
         "frame_num": arguments.frame_num,
         "solver": arguments.sample_solver.value,
         "steps": arguments.sample_steps,
+        "tier": arguments.tier.value,
         "guidance_scale": arguments.sample_guide_scale,
         "shift": arguments.sample_shift,
         "reference_applied": method is not None,
     }
+    if arguments.tier is not Tier.EXACT:
+        facts["steps_computed"] = _steps_computed(arguments)
     if arguments.frame_num > 1:
         facts["fps"] = models.variant.fps
     if method is not None:
@@ -213,9 +217,10 @@ def _run_text(
         noise = noised(plan.clean, noise, plan.start_sigma)
     dtype: torch.dtype = models.pipeline.transformer.dtype
     branches = [{"encoder_hidden_states": text.to(dtype)} for text in _texts(arguments, models).values()]
+    steps = _steps_computed(arguments)
 
     def denoised() -> torch.Tensor:
-        scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift)
+        scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift, arguments.tier)
         if plan.method is not None:
             scheduler = ConditionedScheduler(scheduler, conditioner=plan.conditioner, start_sigma=plan.start_sigma)
         return denoise(
@@ -226,7 +231,7 @@ def _run_text(
             branches=branches,
             guidance_scale=arguments.sample_guide_scale,
             dtype=dtype,
-            on_step=lambda step: on_progress(step, arguments.sample_steps),
+            on_step=lambda step: on_progress(step, steps),
         )
 
     work = _denoising(arguments, size, rows=len(branches))
@@ -280,7 +285,7 @@ def _run_image(
     pictures = {"image": fit_image(first, size)}
     if arguments.last_frame is not None:
         pictures["last_image"] = fit_image(arguments.last_frame, size)
-    scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift)
+    scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift, arguments.tier)
     latents = _call(arguments, models, scheduler, size, on_progress, generator=_generator(arguments), **pictures)
     return latents, "image_to_video_weights", None
 
@@ -306,7 +311,7 @@ def _run_vace(
     latents = _call(
         arguments,
         models,
-        make_scheduler(arguments.sample_solver, arguments.sample_shift),
+        make_scheduler(arguments.sample_solver, arguments.sample_shift, arguments.tier),
         size,
         on_progress,
         generator=_generator(arguments),
@@ -331,10 +336,11 @@ def _call(
     """Run the diffusers pipeline up to the latents."""
 
     pacer = StepPacer(str(models.device))
+    steps = _steps_computed(arguments)
 
     def step_ended(_pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
         pacer.step()
-        on_progress(step + 1, arguments.sample_steps)
+        on_progress(step + 1, steps)
         return {}
 
     models.pipeline.scheduler = scheduler
@@ -360,6 +366,10 @@ def _call(
 def _denoising(arguments: GenerateArguments, size: tuple[int, int], *, rows: int) -> Work:
     width, height = size
     return Work(name="denoise", shape=(arguments.frame_num, height, width), rows=rows)
+
+
+def _steps_computed(arguments: GenerateArguments) -> int:
+    return len(steps_taken(arguments.tier, arguments.sample_steps))
 
 
 def _texts(arguments: GenerateArguments, models: WanModels) -> dict[str, torch.Tensor]:

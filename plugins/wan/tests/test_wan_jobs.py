@@ -9,7 +9,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ourvidz_wan.config import Solver, dimensions_of, frames_of
+from ourvidz_wan.config import Solver, Tier, dimensions_of, frames_of
 from ourvidz_wan.job_types import JOB_TYPES
 from ourvidz_wan.jobs import parse_wan_job
 
@@ -167,6 +167,7 @@ def test_what_the_config_says_is_honoured():
         "sample_guide_scale": 7,
         "sample_solver": "dpm++",
         "sample_shift": 3,
+        "tier": "fast",
         "seed": 0,
     }
     job = parse(config=config, metadata={"seed": 9})
@@ -179,7 +180,9 @@ def test_what_the_config_says_is_honoured():
         "sample_shift": 3.0,
         "frame_num": 81,
         "reference_strength": 0.85,
+        "tier": Tier.FAST,
     }
+    assert job.ignored_config == {}
 
 
 def test_every_fault_is_named_at_once_with_its_path():
@@ -189,6 +192,7 @@ def test_every_fault_is_named_at_once_with_its_path():
         "sample_guide_scale": -1,
         "sample_solver": "euler",
         "sample_shift": True,
+        "tier": "quick",
         "frame_num": 3,
         "seed": -4,
         "first_frame": 7,

@@ -22,7 +22,7 @@ from ourvidz_core.engine.checks import check_artifact
 from ourvidz_core.engine.context import EngineContext
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.pictures import read_facts as read_picture_facts
-from ourvidz_core.errors import CommandFailed, ModelUnavailable
+from ourvidz_core.errors import CommandFailed, ModelUnavailable, SettingsError
 from ourvidz_core.wire.jobs import Reference, References
 from ourvidz_core.wire.payloads import Payload
 
@@ -145,6 +145,30 @@ def test_the_jobs_negative_prompt_counts_only_by_setting(context_of):
     assert np.array_equal(read_video(plain.artifacts[0].path), made["model"])
 
 
+@pytest.mark.parametrize(
+    ("setting", "asked", "tier"),
+    [
+        ("exact", {}, "exact"),
+        ("fast", {}, "fast"),
+        ("exact", {"tier": "fast"}, "fast"),
+        ("fast", {"tier": "exact"}, "exact"),
+    ],
+)
+def test_the_tier_is_the_jobs_own_or_that_of_the_setting(setting, asked, tier, context_of):
+    context = context_of(tier=setting)
+    _, command, generation = walk(job_of("image_fast", sample_steps=16, **asked), context)
+    assert ("--tier=fast" in command.argv) is (tier == "fast")
+    assert generation.facts["tier"] == tier
+    assert (generation.facts["steps"], generation.facts.get("steps_computed", 16)) == (16, len(context.steps))
+    assert len(context.steps) == (8 if tier == "fast" else 16)
+    assert facts_of_file(generation.artifacts[0].path)["tier"] == tier
+
+
+def test_a_setting_that_is_no_tier_is_refused_by_name(context_of):
+    with pytest.raises(SettingsError, match="OURVIDZ_WAN_TIER"):
+        plugin.build_command(job_of(), context_of(tier="quick"))
+
+
 def test_without_guidance_no_negative_prompt_counts(context_of):
     _, _, generation = walk(job_of(sample_guide_scale=1), context_of())
     assert "negative_prompt_source" not in generation.facts
@@ -188,6 +212,7 @@ def test_a_video_is_generated_by_the_warm_model(context_of, warm):
         "steps": 3,
         "guidance_scale": 6.5,
         "shift": 5.0,
+        "tier": "exact",
         "reference_applied": False,
         "negative_prompt_source": "model",
     }
@@ -259,8 +284,8 @@ def test_another_script_with_this_command_line_can_run_instead(context_of, tmp_p
     assert command.argv[1] == str(script)
     (artifact,) = generation.artifacts
     assert artifact.path.read_bytes() == example.read_bytes()
-    unknown = ("reference_applied", "reference_method", "reference_strength", "negative_prompt_source")
-    assert [generation.facts[key] for key in unknown] == [None] * 4
+    unknown = ("tier", "reference_applied", "reference_method", "reference_strength", "negative_prompt_source")
+    assert [generation.facts[key] for key in unknown] == [None] * 5
     assert generation.facts["size"] == "48*80"
     promised = (artifact.width, artifact.height, artifact.frames, artifact.seed)
     assert promised == (48, 80, 5, 11)
