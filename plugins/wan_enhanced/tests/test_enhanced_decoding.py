@@ -89,6 +89,16 @@ def graphed():
     return decoder
 
 
+@pytest.fixture
+def compiles():
+    """How many graphs were compiled since the test began, none of which was there before."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 class DrawnInTheLoop(LogitsProcessor):
     """The rule of the draw in transformers' own loop: leaves the model only the token that is drawn."""
 
@@ -207,18 +217,14 @@ def test_in_half_precision_the_scores_are_as_near_to_the_exact_ones_as_those_of_
         assert 0 < error(torch.cat(forced(model, given, 20, made))) < 1.25 * error(theirs) < 0.2
 
 
-def test_all_layers_are_compiled_once_for_each_span(model):
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+def test_all_layers_are_compiled_once_for_each_span(model, compiles):
     decoder = GraphedDecoder(make_model())
     decoder._fixed._decode_layer = torch.compile(decode_layer, backend="aot_eager", fullgraph=True, dynamic=False)
     with torch.inference_mode():
         decoder.prepare(GIVEN[:5])
     draws = Draws(seed=1, max_tokens=12, temperature=0.7, top_p=0.8)
     assert decoded(decoder, draws) == decoded(PlainDecoder(model), draws)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(SPANS)
+    assert compiles() == len(SPANS)
 
 
 def test_fused_weights_are_there_once_and_move_as_others_do():
@@ -291,15 +297,14 @@ def test_a_writer_says_the_same_with_a_fixed_cache(babbling_dir, task):
 
 
 @pytest.mark.slow
-def test_compiled_decoding_makes_the_same_text_and_is_compiled_once(qwen_dir, task):
-    import torch._dynamo
-
+def test_compiled_decoding_makes_the_same_text_and_is_compiled_once(qwen_dir, task, compiles):
     writer, other = load_writer(qwen_dir), load_writer(qwen_dir)
     decoder = GraphedDecoder(other._model, compiled=True)
     with torch.inference_mode():
         decoder.prepare(other.encode_text("a fox runs"))
     assert decoder.manner == "compiled"
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    # One for each span, and not one for each layer.
+    assert compiles() == len(SPANS)
     compiled = LocalWriter(other._model, other._tokenizer, name="compiled", decoder=decoder)
     for prompt in ("a fox", "a small boat crosses a calm lake at dawn"):
         asked = task(prompt=prompt)
@@ -307,8 +312,7 @@ def test_compiled_decoding_makes_the_same_text_and_is_compiled_once(qwen_dir, ta
         # Each prompt has a thread of its own.
         draft = finish_in_time(effort, lambda asked=asked, effort=effort: compiled.write(asked, effort))
         assert draft.text == writer.write(asked, Effort(60.0)).text
-    # One for each span, and not one for each layer.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == len(SPANS)
+    assert compiles() == len(SPANS)
 
 
 def test_what_was_recorded_is_forgotten_and_made_again(model, graphed):
