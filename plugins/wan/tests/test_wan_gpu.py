@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from ourvidz_wan import prediction
 from ourvidz_wan.checkpoints import load_models, make_scheduler
 from ourvidz_wan.config import Solver
 from ourvidz_wan.sampling import sample
@@ -24,8 +25,13 @@ def on_gpu(model_dir):
     return load_models(model_dir, TASKS["t2v-1.3B"], device="cuda", dtype=torch.float32)
 
 
-@pytest.mark.parametrize("frames", [1, 9])
-def test_latents_are_those_of_plain_diffusers(frames, on_gpu, model_dir, asking):
+@pytest.mark.parametrize(
+    ("frames", "launch_bound_tokens"),
+    [(1, prediction.LAUNCH_BOUND_TOKENS), (9, prediction.LAUNCH_BOUND_TOKENS), (9, 0)],
+    ids=["image", "video", "video whose branches go one after another"],
+)
+def test_latents_are_those_of_plain_diffusers(frames, launch_bound_tokens, on_gpu, model_dir, asking, monkeypatch):
+    monkeypatch.setattr(prediction, "LAUNCH_BOUND_TOKENS", launch_bound_tokens)
     asked = asking(frame_num=frames, sample_steps=10)
     plain = WanPipeline.from_pretrained(model_dir, local_files_only=True).to("cuda")
     plain.set_progress_bar_config(disable=True)
@@ -41,7 +47,7 @@ def test_latents_are_those_of_plain_diffusers(frames, on_gpu, model_dir, asking)
     }
     latents = plain(**options, generator=torch.Generator().manual_seed(5), output_type="latent").frames
     frames_of_plain = plain(**options, generator=torch.Generator().manual_seed(5), output_type="np").frames[0]
-    # The second run is replayed from the first.
+    # What is replayed in the second run was recorded in the first.
     for made in (sample(asked, on_gpu, quietly), sample(asked, on_gpu, quietly)):
         assert float((made.latents - latents).norm() / latents.norm()) < 1e-4
         assert np.abs(made.frames.astype(float) - frames_of_plain * 255).mean() < 1.5
