@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from ourvidz_wan.arguments import parse_arguments
 from ourvidz_wan.checkpoints import load_models
 from ourvidz_wan.generate import main, run
@@ -138,6 +139,20 @@ def test_every_task_of_the_specification_runs(made, pictures):
         assert result.facts["wan_task"] == task.name
         assert result.facts["reference_applied"] is (task.name in needs)
         assert (result.width, result.height) == (48, 80)
+
+
+@pytest.mark.parametrize(("task", "option"), [("i2v-14B", "image"), ("vace-1.3B", "first_frame")])
+def test_other_tasks_have_the_fast_tier_too(task, option, made, pictures):
+    forwards: list[str] = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _arguments, _output: forwards.append(type(module).__name__)
+    )
+    try:
+        _, result = made(task, sample_steps=12, tier="fast", **{option: pictures["lake"]})
+    finally:
+        hook.remove()
+    assert (result.facts["steps"], result.facts["tier"], result.facts["steps_computed"]) == (12, "fast", 8)
+    assert sum(name.endswith("Transformer3DModel") for name in forwards) == 2 * 8
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,15 @@ class TestSharedJobs:
         assert "gpus" not in alone.facts
 
     @pytest.mark.slow
+    def test_the_fast_tier_leaves_out_the_same_steps_on_all(self, spread, even_dir, asking) -> None:
+        arguments = asking(ckpt_dir=even_dir, sample_steps=12, tier="fast")
+        alone = make_latents(arguments, load_models(even_dir, T2V), lambda step, total: None)
+        steps: list[tuple[int, int]] = []
+        made = make_latents(arguments, spread, lambda step, total: steps.append((step, total)))
+        assert torch.allclose(made.latents, alone.latents, rtol=1e-5, atol=1e-5)
+        assert made.facts["steps_computed"] == len(steps) == 8
+
+    @pytest.mark.slow
     def test_a_job_that_is_cancelled_leaves_the_ranks_ready(self, spread, even_dir, asking) -> None:
         def cancel(step: int, total: int) -> None:
             if step == 2:
