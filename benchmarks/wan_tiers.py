@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt-dir", type=Path, default=Path("demo"), help="a t2v-1.3B model (default: demo)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--frames", type=int, default=33, help="(default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=17, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="(default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=6.5, help="(default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many (default: %(default)s)")
