@@ -333,7 +333,7 @@ def export(pipeline: Any, directory: Path, variant: str) -> None:
     for component in list(pipeline.components.values()):
         if isinstance(component, torch.nn.Module):
             component.to("cpu", torch.float16)
-    pipeline.save_pretrained(str(directory), max_shard_size="13MB")
+    pipeline.save_pretrained(str(directory), max_shard_size="14MB")
     for path in directory.rglob("config.json"):
         # Where the weights that it began with lay is nobody's business.
         config = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key != "_name_or_path"}
