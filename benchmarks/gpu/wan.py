@@ -55,7 +55,7 @@ class Wan:
         self._warm_up(scale.frames)
         ours = self._timed_ours(scale.frames, scale.steps)
         self._exact, self._exact_prompt = Path(ours.value.path), self._prompts
-        self._run_plain(scale.frames, 1, ours.value)
+        self._run_plain(scale.frames, WARM_STEPS, ours.value)
         held = allocated(scale.device)
         plain = timed(
             lambda: self._run_plain(scale.frames, scale.steps, ours.value),
@@ -75,7 +75,7 @@ class Wan:
         scale = self._scale
         self._warm_up(1)
         ours = self._timed_ours(1, scale.steps, repeats=scale.repeats)
-        self._run_plain(1, 1, ours.value)
+        self._run_plain(1, WARM_STEPS, ours.value)
         held = allocated(scale.device)
         plain = timed(
             lambda: self._run_plain(1, scale.steps, ours.value),
