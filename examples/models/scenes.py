@@ -374,8 +374,10 @@ def render_frames(
     )
     down = _placed(column(lambda s: VERTICAL.index(s.down) / 2), column(lambda s: s.jitter[1]), height, margin, unit)
     left, right, up, falls = (is_motion(name) for name in ("left", "right", "up", "down"))
-    way_x = margin + (width - 2 * margin) * (left * (1 - time) + right * time)
-    way_y = margin + (height - 2 * margin) * (up * (1 - time) + falls * time)
+    # From edge to edge: what moves begins and ends with nearly half of it outside, or it would hardly move at all.
+    edge = 0.6 * most
+    way_x = edge + (width - 2 * edge) * (left * (1 - time) + right * time)
+    way_y = edge + (height - 2 * edge) * (up * (1 - time) + falls * time)
     # Where the camera goes left, all that is seen goes right.
     pan = is_motion("pan left") - is_motion("pan right")
     passed = 0.4 * width * pan * (time - 0.5) if frames > 1 else torch.zeros_like(pan * time)
