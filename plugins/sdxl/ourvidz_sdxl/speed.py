@@ -21,12 +21,6 @@ from ourvidz_core.engine.graphs import GraphedCall
 #: Classes whose modules are compiled, each as one, and once for all that are alike. Compiled as a whole, the UNet
 #: would be little faster and take a minute and a half.
 REGIONS: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
-#: The compiler's mode: None is its default. With graphs of its own it would fight with ours.
-MODE: str | None = None
-#: Whether what was compiled for one number of rows does for all others, and only sizes are compiled anew.
-ANY_ROWS = True
-#: Whether cuDNN tries its convolutions for each new shape before it chooses one.
-TRIES_CONVOLUTIONS = False
 
 
 class FastUnet:
@@ -63,9 +57,8 @@ class FastUnet:
         if isinstance(timestep, torch.Tensor):
             # Some solvers count in whole numbers; the UNet makes this of them, and would need a graph for each kind.
             timestep = timestep.float()
-        # A single row, without guidance, is the one number that the compiler takes as it is.
-        rows = len(sample) > 1 if ANY_ROWS else len(sample)
-        shape = (rows, sample.shape[1:], encoder_hidden_states.shape[1:])
+        # What was compiled for one number of rows does for all others, but for a single one, without guidance.
+        shape = (len(sample) > 1, sample.shape[1:], encoder_hidden_states.shape[1:])
         is_compiled = self.may_be_compiled and self._shapes.take(shape)
         made = self._graphed(is_compiled, sample, timestep, encoder_hidden_states, **options)
         self._ran_compiled = is_compiled and self.may_be_compiled
@@ -89,10 +82,9 @@ class FastUnet:
             self._is_plain = False
 
     def _launch(self, is_compiled: bool, *arguments: Any, **options: Any) -> Any:
-        with _convolutions():
-            if is_compiled and self._call is not None:
-                return self._call(*arguments, **options)
-            return self._plain(*arguments, **options)
+        if is_compiled and self._call is not None:
+            return self._call(*arguments, **options)
+        return self._plain(*arguments, **options)
 
     def _plain(self, *arguments: Any, **options: Any) -> Any:
         if self._call is None:
@@ -114,14 +106,13 @@ class FastDecoder:
         self._plain = decode
         self._call: CompiledCall | None = None
         if may_compile(device):
-            self._call = CompiledCall(self._plain, name="SDXL's decoder", mode=MODE)
+            self._call = CompiledCall(self._plain, name="SDXL's decoder")
         self._shapes = _CompiledShapes()
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """The pictures of latents (rows, 4, height, width), as uint8 (rows, height, width, 3)."""
         call = self._call if self._call is not None and self._shapes.take(latents.shape) else self._plain
-        with _convolutions():
-            pixels: torch.Tensor = call(latents)
+        pixels: torch.Tensor = call(latents)
         return pixels
 
     def plain(self, latents: torch.Tensor) -> torch.Tensor:
@@ -139,7 +130,7 @@ def compiled_unet(unet: Any, device: str) -> CompiledCall | None:
     if not may_compile(device):
         return None
     forward: Callable[..., Any] = unet.forward
-    compile_regions(unet, mode=MODE)
+    compile_regions(unet)
     return CompiledCall(partial(_as_it_came, forward), compiled=forward, name="SDXL's UNet")
 
 
@@ -147,8 +138,7 @@ def compile_regions(unet: Any, **options: Any) -> None:
     """Have the regions of ``unet`` compiled as they are called; ``options`` are ``torch.compile``'s."""
     for region in _outermost(unet):
         region.compile(fullgraph=True, dynamic=False, **options)
-        if ANY_ROWS:
-            region._compiled_call_impl = partial(_with_any_rows, region._compiled_call_impl)
+        region._compiled_call_impl = partial(_with_any_rows, region._compiled_call_impl)
 
 
 def fuse_projections(unet: Any) -> None:
@@ -211,16 +201,6 @@ def _with_any_rows(call: Callable[..., Any], *arguments: Any, **options: Any) ->
         if isinstance(leaf, torch.Tensor):
             torch._dynamo.maybe_mark_dynamic(leaf, 0)
     return call(*arguments, **options)
-
-
-@contextmanager
-def _convolutions() -> Iterator[None]:
-    own = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = own or TRIES_CONVOLUTIONS
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = own
 
 
 def _as_it_came(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -20,12 +20,6 @@ logger = logging.getLogger(__name__)
 #: code rounds costs 2% of a single frame, and latents then differ from diffusers' by 0.010 and not 0.028 of their
 #: length; without it they are nearer to those of single precision, which is not what was asked for.
 BLOCK_OPTIONS: Mapping[str, Any] = {"fullgraph": True, "options": {"emulate_precision_casts": True}}
-#: One product for query, key and value in place of three.
-FUSES_QKV = True
-#: cuBLAS applies the feed-forward's GELU before it writes: its 8,960 channels then pass memory once less.
-FUSES_GELU = True
-#: Whether the text's attention takes the same kernel; it has 512 keys alone.
-CROSS_ATTENTION_AS_SELF = True
 
 
 @frozen(kw_only=True)
@@ -53,10 +47,8 @@ def prepare_transformer(transformer: torch.nn.Module, device: torch.device) -> A
     dtype = next(_ffns(transformer)[0].parameters()).dtype
     kernel = best_kernel(device, dtype, config.attention_head_dim)
     use_kernel(transformer, kernel)
-    if FUSES_QKV:
-        fuse_projections(transformer)
-    if FUSES_GELU:
-        fuse_gelu(transformer)
+    fuse_projections(transformer)
+    fuse_gelu(transformer)
     compiled = compile_blocks(transformer) if may_compile(str(device)) else ()
     return Acceleration(kernel=kernel, compiled=compiled)
 
@@ -64,15 +56,14 @@ def prepare_transformer(transformer: torch.nn.Module, device: torch.device) -> A
 def use_kernel(transformer: torch.nn.Module, kernel: Kernel) -> None:
     """Have all attention use ``kernel``, and the rotary tables that go with it."""
     model: Any = transformer
-    cross_kernel = kernel if CROSS_ATTENTION_AS_SELF else Kernel.TORCH
     for _, attn in (*_named(transformer, "attn1"), *_named(transformer, "attn2")):
-        attn.set_processor(KernelAttnProcessor(kernel, cross_kernel))
+        attn.set_processor(KernelAttnProcessor(kernel))
     if not isinstance(model.rope, SignedRope):
         model.rope = SignedRope(model.rope)
 
 
 def fuse_projections(transformer: torch.nn.Module) -> None:
-    """Give each self-attention one projection; those that it replaces are let go."""
+    """Give each self-attention one projection in place of three; those that it replaces are let go."""
     for name, attn in _named(transformer, "attn1"):
         if attn.fused_projections:
             continue
@@ -84,7 +75,7 @@ def fuse_projections(transformer: torch.nn.Module) -> None:
 
 
 def fuse_gelu(transformer: torch.nn.Module) -> None:
-    """Have each feed-forward apply its GELU where its product is written."""
+    """Have each feed-forward apply its GELU where its product is written: its channels pass memory once less."""
     for ffn in _ffns(transformer):
         if getattr(ffn.net[0], "approximate", None) == "tanh":
             ffn.net[0] = LinearGelu(ffn.net[0].proj)

@@ -89,10 +89,9 @@ class KernelAttnProcessor(WanAttnProcessor):  # type: ignore[misc]
     Attention over image tokens, with a mask or spread over devices is diffusers' own.
     """
 
-    def __init__(self, kernel: Kernel, cross_kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self.kernel = kernel
-        self.cross_kernel = cross_kernel
         if kernel is not Kernel.TORCH:
             # Where diffusers attends: of the kernels that we choose it knows this one.
             self._attention_backend = AttentionBackendName._NATIVE_CUDNN
@@ -117,8 +116,7 @@ class KernelAttnProcessor(WanAttnProcessor):  # type: ignore[misc]
         value = value.unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             query, key = rotated(query, *rotary_emb), rotated(key, *rotary_emb)
-        kernel = self.kernel if encoder_hidden_states is None else self.cross_kernel
-        mixed: torch.Tensor = attn.to_out[0](attend(query, key, value, kernel).flatten(2, 3).type_as(query))
+        mixed: torch.Tensor = attn.to_out[0](attend(query, key, value, self.kernel).flatten(2, 3).type_as(query))
         return mixed
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,6 @@ from ourvidz_core.engine.compilation import CompiledCall, may_compile
 PAST_FRAMES = 2
 #: What ``torch.compile`` is told of the decoder.
 DECODER_OPTIONS: Mapping[str, Any] = {"fullgraph": True}
-#: Lets cuDNN try its algorithms when a thread first meets a shape; what it took for those met before, tried
-#: or not, stays. What it picks may differ in the last digits from one process to the next.
-TRIES_CONVOLUTIONS = False
 #: Chunks that are launched before the first of them is waited for.
 _CHUNKS_AHEAD = 2
 
@@ -87,8 +83,7 @@ class Decoder:
         pasts: Sequence[torch.Tensor] = ()
         for index in range(entering.shape[2]):
             frame = _channels_last(entering[:, :, index : index + 1])
-            with _trying_convolutions():
-                pixels, pasts = self._decode(vae.decoder, frame, pasts)
+            pixels, pasts = self._decode(vae.decoder, frame, pasts)
             yield pixels
 
 
@@ -236,16 +231,6 @@ def _interleaved(x: torch.Tensor) -> torch.Tensor:
     moments = x.permute(0, 2, 3, 4, 1).unflatten(-1, (2, channels // 2))
     frames = moments.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
     return frames.permute(0, 4, 1, 2, 3)
-
-
-@contextmanager
-def _trying_convolutions() -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = TRIES_CONVOLUTIONS
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
