@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import attrs
@@ -522,6 +523,28 @@ def test_nothing_is_left_after_the_worker_was_killed(install: Callable, tmp_path
 
     assert len(family) >= (1 if what == "start" else 2)
     assert all_gone(family)
+
+
+def test_nothing_is_left_of_an_engine_whose_worker_goes_before_it_hears_the_answer(install: Callable) -> None:
+    install("acme", SOURCE)
+    ours, theirs = Pipe()
+    engine = subprocess.Popen(
+        [sys.executable, "-m", "ourvidz_core.engine.server", str(theirs.fileno())],
+        env={**os.environ, "OURVIDZ_ALLOW_PLUGINS": "acme"},
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,
+    )
+    theirs.close()
+    ours.recv_bytes()  # it is ready
+    engine.send_signal(signal.SIGSTOP)
+    ours.send_bytes(b'{"kind": "RunJob", "request": 1}')
+    ours.close()
+    engine.send_signal(signal.SIGCONT)
+
+    try:
+        assert engine.wait(10) == 0
+    finally:
+        kill_session(engine.pid)
 
 
 # -- the start

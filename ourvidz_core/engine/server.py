@@ -34,6 +34,7 @@ from ourvidz_core.engine.protocol import (
     CancelJob,
     Channel,
     Doing,
+    EngineMessage,
     EngineReady,
     JobBroken,
     JobFinished,
@@ -124,8 +125,8 @@ class EngineServer:
     def _warm_up(self, request: WarmUp) -> None:
         self._channel.send(Reached(request=request.request, stage=Stage.GENERATING))
         with (
-            tempfile.TemporaryDirectory() as directory,
             self._answering_for(request),
+            tempfile.TemporaryDirectory() as directory,
             _told_to(self._channel, request.request),
         ):
             context = self._context(request, Path(directory))
@@ -189,22 +190,23 @@ class EngineServer:
     def _listen(self) -> None:
         while True:
             try:
-                message = self._channel.receive()
-            except (EOFError, OSError):
+                self._hear(self._channel.receive())
+            except (EOFError, OSError):  # it may also have gone before it was answered
                 _end()
             except Exception:  # a deaf engine would neither stop a job nor see the worker go
                 logger.exception("a message of the worker could not be read")
-            else:
-                match message:
-                    case RunJob() | WarmUp():
-                        with self._changed:
-                            self._cancelled[message.request] = threading.Event()
-                            self._line.append(message)
-                            self._changed.notify_all()
-                    case CancelJob(request=number):
-                        self._cancel(number)
-                    case JobBroken():  # a job that cannot be read
-                        self._channel.send(message)
+
+    def _hear(self, message: EngineMessage) -> None:
+        match message:
+            case RunJob() | WarmUp():
+                with self._changed:
+                    self._cancelled[message.request] = threading.Event()
+                    self._line.append(message)
+                    self._changed.notify_all()
+            case CancelJob(request=number):
+                self._cancel(number)
+            case JobBroken():  # a job that cannot be read
+                self._channel.send(message)
 
     def _cancel(self, number: int) -> None:
         with self._changed:
@@ -308,7 +310,10 @@ def main(descriptor: int) -> None:
     registry = load_registry(settings)
     is_loaded.set()
     sys.setswitchinterval(_SWITCH_SECONDS)
-    EngineServer(connection, settings, registry).serve()
+    try:
+        EngineServer(connection, settings, registry).serve()
+    except OSError:  # nobody reads what it says
+        _end()
 
 
 if __name__ == "__main__":
