@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 #: Modules that may hold FlashAttention 3: the wheel ``fa3-fwd``, and what its authors' own build installs.
 FLASH_3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
+#: Heads that it is used for, WAN's. With heads of 64 its wheel met an illegal instruction on an H200, and after one
+#: a process can use its device no more, so that trying is no way to find out.
+FLASH_3_HEAD_DIM = 128
 #: A kernel that differs more than this from torch's plain one does not work on this device.
 TOLERATED_ERROR = 2e-2
 _PROBED_TOKENS = 256
@@ -50,7 +53,8 @@ def best_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kern
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return Kernel.TORCH
-    for kernel in (Kernel.FLASH_3, Kernel.CUDNN):
+    candidates = (Kernel.FLASH_3, Kernel.CUDNN) if head_dim == FLASH_3_HEAD_DIM else (Kernel.CUDNN,)
+    for kernel in candidates:
         if _works(kernel, device, dtype, head_dim):
             return kernel
     return Kernel.TORCH
@@ -92,8 +96,9 @@ class KernelAttnProcessor(WanAttnProcessor):  # type: ignore[misc]
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self.kernel = kernel
-        if kernel is not Kernel.TORCH:
-            # Where diffusers attends: of the kernels that we choose it knows this one.
+        #: Where diffusers attends: of the kernels that we choose it knows this one.
+        self.kernel_of_diffusers = Kernel.TORCH if kernel is Kernel.TORCH else Kernel.CUDNN
+        if self.kernel_of_diffusers is Kernel.CUDNN:
             self._attention_backend = AttentionBackendName._NATIVE_CUDNN
 
     def __call__(

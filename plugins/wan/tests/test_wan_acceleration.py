@@ -9,6 +9,9 @@ import torch
 from ourvidz_wan import acceleration, attention
 from ourvidz_wan.acceleration import compile_blocks, fuse_gelu, fuse_projections, prepare_transformer, use_kernel
 from ourvidz_wan.attention import Kernel, attend, best_kernel
+from ourvidz_wan.parallel.exchange import Groups
+from ourvidz_wan.parallel.plan import RankPlan
+from ourvidz_wan.parallel.ranks import SharedPredictor
 from ourvidz_wan.prediction import LocalPredictor
 
 CPU = torch.device("cpu")
@@ -88,6 +91,29 @@ def test_a_cpu_keeps_the_transformer_of_diffusers(transformer_of):
     assert prepare_transformer(transformer, CPU) is None
     assert best_kernel(CPU, torch.float32, 128) is Kernel.TORCH
     assert torch.equal(predicted(transformer, **inputs()), predicted(transformer_of(), **inputs()))
+
+
+@pytest.mark.parametrize(("head_dim", "tried"), [(128, [Kernel.FLASH_3, Kernel.CUDNN]), (64, [Kernel.CUDNN])])
+def test_flash_attention_3_is_not_even_tried_with_heads_that_it_breaks_at(head_dim, tried, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_works", lambda kernel, *_: bool(asked.append(kernel)))
+    assert best_kernel.__wrapped__(torch.device("cuda"), torch.bfloat16, head_dim) is Kernel.TORCH
+    assert asked == tried
+
+
+@pytest.mark.parametrize(
+    ("kernel", "context", "said"),
+    [(Kernel.FLASH_3, 2, "cudnn"), (Kernel.TORCH, 2, "torch"), (Kernel.FLASH_3, 1, None)],
+)
+def test_the_attention_of_a_shared_prediction_is_said_as_diffusers_has_it(kernel, context, said, transformer_of):
+    transformer = transformer_of()
+    use_kernel(transformer, kernel)
+    plan = RankPlan(offered=4, guidance=2, context=context)
+    groups = Groups(plan=plan, rank=0, leaders=None, context=None)
+    shared = SharedPredictor(None, "0", transformer, groups, LocalPredictor(transformer, CPU))
+    shared._used = plan.ranks
+    assert shared.facts == {"gpus": plan.ranks} | ({} if said is None else {"attention": said})
 
 
 def test_branches_are_predicted_in_their_order(transformer_of):

@@ -26,7 +26,7 @@ from attrs import asdict, define, field
 from ourvidz_core.engine.processes import ending_of
 from ourvidz_core.errors import EngineUnusable, GenerationError, JobError, ModelUnavailable, OutOfMemory
 from ourvidz_core.settings import without_keys
-from ourvidz_wan.attention import Kernel
+from ourvidz_wan.attention import KernelAttnProcessor
 from ourvidz_wan.parallel import exchange
 from ourvidz_wan.parallel.exchange import Groups
 from ourvidz_wan.parallel.plan import RankPlan, plan_ranks
@@ -336,9 +336,11 @@ class SharedPredictor:
     @property
     def facts(self) -> dict[str, Any]:
         """How many GPUs predicted for the last job; and whose attention, where ours was not asked."""
-        is_context_shared = self._used > 1 and self.plan.context > 1
-        is_diffusers_attention = is_context_shared and self._ranks.device.type == "cuda"
-        return {"gpus": self._used, **({"attention": Kernel.TORCH.value} if is_diffusers_attention else {})}
+        facts: dict[str, Any] = {"gpus": self._used}
+        processor = self._transformer.blocks[0].attn1.processor
+        if self._used > 1 and self.plan.context > 1 and isinstance(processor, KernelAttnProcessor):
+            facts["attention"] = processor.kernel_of_diffusers.value
+        return facts
 
     @contextmanager
     def job(self, branches: Sequence[Branch]) -> Iterator[Predict]:
