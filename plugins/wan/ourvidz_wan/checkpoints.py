@@ -90,8 +90,8 @@ class WanModels:
     acceleration: Acceleration | None = None
     #: Its place on the device, where its parts can make room for each other.
     residence: Residence = field(factory=AlwaysResident, repr=False)
-    #: Encoded reference pictures, by what they show: see ``sampling``.
-    stills: OrderedDict[tuple[str, int], torch.Tensor] = field(factory=OrderedDict, repr=False)
+    #: Encoded reference pictures, by what they show and frames, height and width: see ``sampling``.
+    stills: OrderedDict[tuple[str, tuple[int, int, int]], torch.Tensor] = field(factory=OrderedDict, repr=False)
     #: Encoded texts, by what they say.
     texts: OrderedDict[str, torch.Tensor] = field(factory=OrderedDict, repr=False)
 

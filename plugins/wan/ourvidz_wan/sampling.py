@@ -114,7 +114,8 @@ def encode_still(models: WanModels, image: Image.Image, frames: int) -> torch.Te
     stands for four frames seen after all earlier ones.
     """
     pixels = np.asarray(image)
-    key = (hashlib.sha256(pixels.tobytes()).hexdigest(), frames)
+    # The bytes alone say nothing of the sides: a picture of one colour has the same ones upright and lying.
+    key = (hashlib.sha256(pixels.tobytes()).hexdigest(), (frames, *pixels.shape[:2]))
 
     def encode() -> torch.Tensor:
         vae: Any = models.pipeline.vae

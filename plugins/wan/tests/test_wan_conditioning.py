@@ -184,6 +184,11 @@ def test_a_still_is_encoded_once(models, pictures):
     assert encode_still(models, image, 5) is encode_still(models, image, 5)
 
 
+def test_a_picture_of_one_colour_is_another_one_upright_and_lying(models):
+    upright, lying = (encode_still(models, Image.new("RGB", size, "navy"), 1) for size in (SIZE, SIZE[::-1]))
+    assert upright.shape[3:] == lying.shape[:2:-1] == (10, 6)
+
+
 def test_a_still_begins_like_the_picture_alone(models, pictures):
     """The VAE is causal, so one encoding serves as the start and as the clip."""
     image = fit_image(pictures["fire"], SIZE)
