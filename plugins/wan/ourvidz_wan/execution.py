@@ -243,8 +243,14 @@ def _warm(arguments: GenerateArguments, context: JobContext) -> WanModels:
         vram_gb=0.0 if arguments.offload_model else WEIGHTS_GB.get(arguments.task.name, 0.0),
         # What is offloaded is moved by diffusers, whenever it works.
         parts=None if arguments.offload_model else lambda loaded: loaded.parts,
+        on_leave=_forget_graphs,
     )
     return attrs.evolve(models, residence=context.models.residence(key))
+
+
+def _forget_graphs(models: WanModels, leaving: str) -> None:
+    if leaving == "transformer":
+        models.predictor.forget_graphs()
 
 
 def _generate_apart(job: Job, command: Command, context: JobContext) -> Generation:

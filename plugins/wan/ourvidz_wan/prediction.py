@@ -31,6 +31,9 @@ class Predictor(Protocol):
     def job(self, branches: Sequence[Branch]) -> AbstractContextManager[Predict]:
         """A function that predicts for each of ``branches``, for the steps of one job."""
 
+    def forget_graphs(self) -> None:
+        """Free what was recorded on weights where they lie; they are about to leave."""
+
 
 class LocalPredictor:
     """A transformer on one device."""
@@ -67,6 +70,10 @@ class LocalPredictor:
             return predictions
 
         yield predict
+
+    def forget_graphs(self) -> None:
+        """See :class:`Predictor`."""
+        self._replayed.forget()
 
     def _forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, **branch: torch.Tensor) -> torch.Tensor:
         prediction: torch.Tensor = self._transformer(

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import attrs
 import numpy as np
+import pytest
 import torch
+from ourvidz_wan import plugin
 from ourvidz_wan.arguments import GenerateArguments
 from ourvidz_wan.checkpoints import WanModels, load_models
+from ourvidz_wan.job_types import JOB_TYPES
+from ourvidz_wan.prediction import LocalPredictor
 from ourvidz_wan.sampling import sample
 from ourvidz_wan.tasks import TASKS
 
 from ourvidz_core.engine.device_memory import GIB
 from ourvidz_core.engine.models import ModelCache
+from ourvidz_core.testing.doubles import RecordingContext
 
 T2V = TASKS["t2v-1.3B"]
 
@@ -44,3 +49,21 @@ def test_parts_take_turns_on_a_small_device(
     assert all("wan (transformer)" in names and "wan (vae)" not in names for names in there)
     assert set(cache.on_device) == {"wan (vae)"}
     assert np.array_equal(made.frames, expected.frames)
+
+
+def test_graphs_go_before_the_weights_that_they_were_recorded_on(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[set[str]] = []
+    cache = ModelCache(0.1, find_device=lambda: torch.device("cpu"))
+    monkeypatch.setattr(LocalPredictor, "forget_graphs", lambda _: there.append(set(cache.on_device)))
+    context = RecordingContext(tmp_path, environ={"OURVIDZ_WAN_CKPT_DIR": str(model_dir)}, models=cache)
+    plugin.warm_up(context=context, job_types=JOB_TYPES)
+    (key,) = cache.keys
+    assert there == []
+
+    cache.get("another", lambda: torch.nn.Linear(4000, 6600))
+
+    (names,) = there
+    assert f"{key} (transformer)" in names
+    assert set(cache.on_device) == {"another"}

@@ -361,6 +361,10 @@ class SharedPredictor:
 
             yield predict
 
+    def forget_graphs(self) -> None:
+        """See :class:`Predictor`. What is shared is not replayed."""
+        self._local.forget_graphs()
+
     def _is_worth_it(self, hidden_states: torch.Tensor) -> bool:
         is_launch_bound = exchange.tokens_of(self._transformer, hidden_states) <= LAUNCH_BOUND_TOKENS
         return hidden_states.device.type != "cuda" or not is_launch_bound
