@@ -215,6 +215,8 @@ class _Reading:
                     self._done_bytes += chunk[-1].end - chunk[0].begin
         except BaseException:
             self._is_over.set()
+            if stream is not None:
+                stream.synchronize()  # nothing may arrive in memory that is somebody else's by then
             raise
 
     def _next(self) -> list[_Piece] | None:

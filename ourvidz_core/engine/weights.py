@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +26,6 @@ GIB = 2**30
 _ALIGNMENT = 256
 #: A model's modules lie in it, or in something in it: a wrapper around a diffusers pipeline.
 _DEPTH = 2
-_PAGE = 4096
 _PORTABLE = 1
 
 
@@ -136,7 +136,6 @@ class _HostCopy:
     """
 
     def __init__(self, shared: list[_Shared], *, is_pinned: bool) -> None:
-
         offsets, self.bytes = [], 0
         for one in shared:
             offsets.append(self.bytes)
@@ -229,9 +228,9 @@ def _whole_pages(size_bytes: int) -> torch.Tensor:
     """A block of main memory that shares no page with another: a page can be pinned once only."""
     import torch
 
-    block = torch.empty(size_bytes + 2 * _PAGE, dtype=torch.uint8)
-    start = -block.data_ptr() % _PAGE
-    return block[start : start + -(-size_bytes // _PAGE) * _PAGE]
+    block = torch.empty(size_bytes + 2 * mmap.PAGESIZE, dtype=torch.uint8)
+    start = -block.data_ptr() % mmap.PAGESIZE
+    return block[start : start + -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE]
 
 
 def _pin(copy: _HostCopy, block: torch.Tensor) -> None:
