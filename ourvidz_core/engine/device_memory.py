@@ -22,6 +22,8 @@ GIB = 2**30
 USED_SHARE = 0.9
 #: Of the machine's free memory, for weights that are off the device.
 HOST_SHARE = 0.5
+#: And for weights that have to leave whatever the budget is: with less left, the kernel ends processes.
+HOST_MOST = 0.9
 _CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from attrs import define, evolve, field
 
-from ourvidz_core.engine.device_memory import GIB, HOST_SHARE, DeviceMemory, Peak, host_bytes_free, is_out_of_memory
+from ourvidz_core.engine.device_memory import (
+    GIB,
+    HOST_MOST,
+    HOST_SHARE,
+    DeviceMemory,
+    Peak,
+    host_bytes_free,
+    is_out_of_memory,
+)
 from ourvidz_core.engine.working_memory import FILE_NAME, WorkingMemory
-from ourvidz_core.errors import GenerationError
+from ourvidz_core.errors import GenerationError, OutOfMemory
 from ourvidz_core.plugins.residency import Residence, Work
 from ourvidz_core.settings import Settings
 
@@ -83,7 +91,8 @@ class _Warm:
 class ModelCache:
     """Models by key, least recently used first. Used by one thread.
 
-    ``find_device`` says where weights belong, None where they cannot be moved.
+    ``find_device`` says where weights belong, None where they cannot be moved; ``host_free`` what is left of main
+    memory (bytes).
     """
 
     def __init__(
@@ -94,11 +103,13 @@ class ModelCache:
         working_memory: WorkingMemory | None = None,
         device_memory: DeviceMemory | None = None,
         find_device: Callable[[], torch.device | None] = lambda: _cuda_device("auto"),
+        host_free: Callable[[], int] = host_bytes_free,
     ) -> None:
         self._memory = device_memory if device_memory is not None else DeviceMemory(budget_gb)
         self._host_budget_gb = host_budget_gb
         self._working_memory = working_memory if working_memory is not None else WorkingMemory()
         self._find_device = find_device
+        self._host_free = host_free
         self._warm: OrderedDict[str, _Warm] = OrderedDict()
         #: Room that was made for operations that are going on (bytes).
         self._reserved: list[int] = []
@@ -366,12 +377,18 @@ class ModelCache:
         if self._host_used() + needed <= budget:
             return True
         # The model that was asked for last is in its plugin's hands: it may be moved, not dropped.
-        return part.model == newest or self._warm[part.model].is_locked
+        is_held = part.model == newest or self._warm[part.model].is_locked
+        if is_held and needed > (free := int(self._host_free() * HOST_MOST)):
+            raise OutOfMemory(
+                f"{part} has to leave the device and takes {_gib(needed)}, main memory has {_gib(free)} for it;"
+                " this model needs a machine with more memory or a larger device"
+            )
+        return is_held
 
     def _host_budget(self) -> int:
         if self._host_budget_gb is not None:
             return int(self._host_budget_gb * GIB)
-        return int((host_bytes_free() + self._host_used()) * HOST_SHARE)
+        return int((self._host_free() + self._host_used()) * HOST_SHARE)
 
     def _host_used(self) -> int:
         return sum(part.host_bytes for part in self._all_parts())
@@ -381,18 +398,18 @@ class ModelCache:
 
     @contextlib.contextmanager
     def _measured(self, key: str, work: Work, room: int | None) -> Iterator[None]:
-        before, least = self._memory.used_bytes(), 0
+        before = self._memory.used_bytes()
         peak = Peak()
         try:
             with self._memory.watch() as peak:
                 yield
         except Exception as error:
+            # How far another failure, or somebody who cancels, let it come says nothing of the whole.
             if is_out_of_memory(error) and room is not None:
-                least = room + 1  # it takes more than there was
+                self._working_memory.note(key, work, max(peak.bytes - before, room + 1))
             raise
-        finally:
-            if (taken := max(peak.bytes - before, least)) > 0:
-                self._working_memory.note(key, work, taken)
+        if (taken := peak.bytes - before) > 0:
+            self._working_memory.note(key, work, taken)
 
     def _all_parts(self) -> Iterator[_Part]:
         return (part for warm in self._warm.values() for part in warm.parts.values())

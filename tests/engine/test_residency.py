@@ -21,7 +21,7 @@ from torch import nn
 from ourvidz_core.engine.device_memory import GIB, DeviceMemory, Peak
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.working_memory import WorkingMemory
-from ourvidz_core.errors import GenerationError
+from ourvidz_core.errors import GenerationError, JobCancelled, OutOfMemory
 from ourvidz_core.plugins.residency import Work
 
 CPU = torch.device("cpu")
@@ -45,8 +45,10 @@ class PretendDevice(DeviceMemory):
     @contextlib.contextmanager
     def watch(self) -> Iterator[Peak]:
         self._peaks.append(Peak())
-        yield self._peaks[-1]
-        self._peaks.pop()
+        try:
+            yield self._peaks[-1]
+        finally:
+            self._peaks.pop()
 
     def take(self, kib: float) -> None:
         """An operation that is watched takes this much."""
@@ -186,6 +188,23 @@ def test_rows_are_those_that_fit_when_all_else_has_left(device: PretendDevice, c
     assert place.rows(DENOISE) == 4
 
 
+def test_what_a_cancelled_job_took_is_no_measurement(device: PretendDevice, cache: ModelCache) -> None:
+    cache.get("a", lambda: Net(4))
+    place = cache.residence("a")
+    with place.use(work=DENOISE):
+        device.take(8)
+
+    def stop() -> None:
+        device.take(1)
+        raise JobCancelled("at its first step")
+
+    for _ in range(3):
+        with pytest.raises(JobCancelled):
+            place.run(stop, work=DENOISE)
+
+    assert place.rows(DENOISE) == 2
+
+
 def test_a_model_that_its_plugin_keeps_elsewhere_is_left_there(device: PretendDevice) -> None:
     cache = ModelCache(device_memory=device, find_device=lambda: torch.device("cuda"))
     model = get_in_parts(cache, "wan", transformer=4, vae=4)
@@ -294,6 +313,15 @@ def test_a_model_that_its_plugin_holds_is_not_dropped_for_main_memory(device: Pr
     for part in ("text_encoder", "transformer", "text_encoder"):
         with place.use(part):
             assert f"wan ({part})" in cache.on_device
+
+
+def test_a_machine_whose_memory_is_spent_is_not_asked_for_more(device: PretendDevice) -> None:
+    cache = ModelCache(device_memory=device, find_device=lambda: CPU, host_budget_gb=0, host_free=lambda: 7 * KIB)
+
+    with pytest.raises(OutOfMemory, match=r"wan \(text_encoder\) has to leave"):
+        get_in_parts(cache, "wan", text_encoder=7, transformer=5)
+
+    assert "wan (text_encoder)" in cache.on_device
 
 
 @pytest.mark.parametrize(
