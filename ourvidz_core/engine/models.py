@@ -228,6 +228,8 @@ class ModelCache:
         named: Callable[[Model], Mapping[str, Any]] | None,
         on_leave: Callable[[Model, str], None] | None,
     ) -> None:
+        if "torch" in sys.modules:
+            self._find_device()  # before anything is counted there
         self._make_room(self._working_memory.weights_of(key) or stated_bytes)
         before = self._memory.used_bytes()
         model = self._loaded(key, load)
@@ -481,12 +483,14 @@ def _tell(warm: _Warm, part: _Part) -> None:
 
 
 def _cuda_device(name: str) -> torch.device | None:
-    """The device that ``name`` of the settings means, if it is a GPU."""
+    """The device that ``name`` of the settings means, if it is a GPU. From then on it is the current one, too."""
     import torch
 
     if name == "cpu" or not torch.cuda.is_available():
         return None
     device: torch.device = torch.device("cuda" if name == "auto" else name)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

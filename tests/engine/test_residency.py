@@ -23,6 +23,7 @@ from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.working_memory import WorkingMemory
 from ourvidz_core.errors import GenerationError, JobCancelled, OutOfMemory
 from ourvidz_core.plugins.residency import Work
+from ourvidz_core.settings import Settings
 
 CPU = torch.device("cpu")
 KIB = 1024
@@ -213,6 +214,24 @@ def test_a_model_that_its_plugin_keeps_elsewhere_is_left_there(device: PretendDe
         assert model.vae.weight.device == CPU
     assert cache.get("b", lambda: Net(3)).weight.device == CPU
     assert sum(cache.on_device.values()) == 0
+
+
+def test_the_memory_that_counts_is_that_of_the_settings_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current, asked = [0], []
+    for name, answer in {
+        "is_available": lambda: True,
+        "set_device": lambda device: current.append(device.index),
+        "mem_get_info": lambda: asked.append(current[-1]) or (80 * GIB, 80 * GIB),
+        "memory_allocated": lambda: asked.append(current[-1]) or 0,
+        "memory_reserved": lambda: 0,
+        "get_per_process_memory_fraction": lambda: 1.0,
+        "get_device_name": lambda: "a card",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+    ModelCache.of(Settings(device="cuda:1", state_dir=tmp_path)).get("a", lambda: Net(3))
+
+    assert set(asked) == {1}
 
 
 def test_what_leaves_is_told_before_it_is_gone(cache: ModelCache) -> None:
