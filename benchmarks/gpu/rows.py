@@ -19,8 +19,8 @@ WAN_DECODE = 0.35
 WAN_FRAME = 0.29
 #: SDXL at 1024x1024: a step with guidance is 13.5 TFLOP an image, in 25 steps with the decoding.
 SDXL_IMAGE = 25 * 13.5 / MATRIX_TFLOPS
-#: Each token reads all 15.2 GB of the language model's weights.
-QWEN_TOKEN = 15.2 / MEMORY_GBPS
+#: Each token reads all of the language model's weights but the table of its words: 14.1 GB.
+QWEN_TOKEN = 14.1 / MEMORY_GBPS
 
 
 class Skipped(Exception):
