@@ -150,9 +150,13 @@ class WorkingMemory:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             descriptor, unfinished = tempfile.mkstemp(dir=self._file.parent, prefix=f".{self._file.name}-")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            os.replace(unfinished, self._file)
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                    stream.write(text)
+                os.replace(unfinished, self._file)
+            except OSError:
+                os.unlink(unfinished)
+                raise
         except OSError as error:
             logger.warning("what operations take of the device is known until this engine ends only: %s", error)
             self._file = None

@@ -129,6 +129,14 @@ def test_a_directory_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     assert memory.weights_of("sdxl") == 10 * MIB
 
 
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "memory.json").mkdir()
+
+    WorkingMemory(tmp_path / "memory.json").note_weights("sdxl", 10 * MIB)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+
+
 def test_the_oldest_records_leave() -> None:
     memory = WorkingMemory()
     for number in range(KEPT_RECORDS + 1):
