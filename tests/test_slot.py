@@ -74,7 +74,10 @@ def test_one_job_is_with_the_engine_ahead_of_its_turn_and_another_when_the_devic
 ) -> None:
     engine = GatedEngine()
     slot = EngineSlot(engine, ahead=1)
-    jobs = [ask(threads, slot, name, tmp_path) for name in ("a", "b", "c")]
+    first = ask(threads, slot, "a", tmp_path)
+    wait_for(lambda: slot.working_on)
+    for name in ("b", "c"):
+        ask(threads, slot, name, tmp_path)
     wait_for(lambda: len(engine.entered) == 2)
     assert (engine.entered, slot.working_on) == (["a", "b"], ("a", tmp_path / "a"))
 
@@ -82,7 +85,7 @@ def test_one_job_is_with_the_engine_ahead_of_its_turn_and_another_when_the_devic
     wait_for(lambda: len(engine.entered) == 3)
     wait_for(lambda: slot.working_on == ("b", tmp_path / "b"))
 
-    assert not jobs[0].done()
+    assert not first.done()
     for name in ("a", "b", "c"):
         engine.let(name, 4)
 
