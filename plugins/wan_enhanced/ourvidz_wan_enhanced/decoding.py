@@ -9,6 +9,7 @@ cache, the numbers of the draw and what was said already lie on the device.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -99,6 +100,8 @@ class Decoder(Protocol):
 
     #: Tokens that may be asked for before the first of them is read.
     steps_ahead: int
+    #: Tokens that a text may have, those drawn included.
+    room: float
 
     @property
     def manner(self) -> str:
@@ -126,6 +129,7 @@ class PlainDecoder:
     """Runs the model as ``generate`` does, for every architecture and device."""
 
     steps_ahead = 0
+    room = math.inf
     manner = "plain"
 
     def __init__(self, model: Any) -> None:
@@ -170,6 +174,8 @@ class GraphedDecoder:
     that text's thread, while the engine's own waits for it and leaves the device alone. Should
     its deadline pass meanwhile, what the engine does then neither enters the graph nor breaks it.
     """
+
+    room: float = CACHE_TOKENS
 
     def __init__(self, model: Any, *, compiled: bool | None = None) -> None:
         self._model = model
@@ -224,8 +230,8 @@ class GraphedDecoder:
 
         :raises ValueError: the text could become longer than the cache.
         """
-        if len(given) + draws.max_tokens > CACHE_TOKENS:
-            raise ValueError(f"{len(given)} tokens and {draws.max_tokens} more are too many; {CACHE_TOKENS} have room")
+        if len(given) + draws.max_tokens > self.room:
+            raise ValueError(f"{len(given)} tokens and {draws.max_tokens} more are too many; {self.room} have room")
         if self._weights() != self._recorded_weights:
             self._record()
         tokens = torch.tensor([given], device=self._device)

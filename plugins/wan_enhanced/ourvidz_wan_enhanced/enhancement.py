@@ -173,6 +173,7 @@ def _enhanced(
     draft = _finished.find(key)
     if draft is not None:
         facts |= {"enhancement_tokens": draft.tokens, "enhancement_model": draft.model, "enhancement_cached": True}
+        facts |= _decoding_of(draft)
         return draft.text
     writer = _writer(settings, context, facts)
     started = time.monotonic()
@@ -182,10 +183,13 @@ def _enhanced(
     finally:
         facts["enhancement_seconds"] = round(time.monotonic() - started, 3)
         facts["enhancement_model"] = writer.name
-    if draft.decoding is not None:
-        facts["enhancement_decoding"] = draft.decoding
+    facts |= _decoding_of(draft)
     _finished.keep(key, draft, size=settings.cache_size)
     return draft.text
+
+
+def _decoding_of(draft: Draft) -> dict[str, Any]:
+    return {} if draft.decoding is None else {"enhancement_decoding": draft.decoding}
 
 
 def _written(

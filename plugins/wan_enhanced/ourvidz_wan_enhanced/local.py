@@ -90,25 +90,26 @@ class LocalWriter:
         return [token for token in tokens if token not in strange]
 
     def _write(self, task: Task, effort: Effort) -> Draft:
-        tokens = self._tokens(task, effort)
+        given = self.encode(task.instruction, task.prompt)
+        has_room = len(given) + task.max_tokens <= self._decoder.room
+        decoder = self._decoder if has_room else PlainDecoder(self._model)
+        tokens = self._tokens(given, decoder, task, effort)
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         effort.tokens = len(tokens)
         has_ended = len(tokens) < task.max_tokens
         if not self.is_chat:
             text, line_end, _ = text.lstrip().partition("\n")
             has_ended = has_ended or bool(line_end)
-        return Draft(
-            text=text, tokens=len(tokens), is_finished=has_ended, model=self.name, decoding=self._decoder.manner
-        )
+        return Draft(text=text, tokens=len(tokens), is_finished=has_ended, model=self.name, decoding=decoder.manner)
 
-    def _tokens(self, task: Task, effort: Effort) -> list[int]:
+    def _tokens(self, given: list[int], decoder: Decoder, task: Task, effort: Effort) -> list[int]:
         """What the model says, up to the token that ends it.
 
         The device may be some tokens ahead of what is looked at here; those are never read.
         """
-        decoder, asked = self._decoder, 1
+        asked = 1
         decoder.begin(
-            self.encode(task.instruction, task.prompt),
+            given,
             Draws(seed=task.seed, max_tokens=task.max_tokens, temperature=task.temperature, top_p=task.top_p),
         )
         tokens: list[int] = []

@@ -201,7 +201,7 @@ def test_a_token_gets_the_scores_that_transformers_gives_it(config, kind):
 
 
 def test_in_half_precision_the_scores_are_as_near_to_the_exact_ones_as_those_of_transformers():
-    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "initializer_range": 0.05}
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "initializer_range": 0.07}
     exact, model = make_model(**sizes), make_model(**sizes).bfloat16()
     given = torch.tensor([GIVEN])
     with torch.inference_mode():
@@ -294,6 +294,11 @@ def test_a_writer_says_the_same_with_a_fixed_cache(babbling_dir, task):
     for seed in (1, 2):
         asked = task(max_tokens=12, seed=seed)
         assert fixed.write(asked, Effort(60.0)).text == plain.write(asked, Effort(60.0)).text
+
+    # A text that does not fit is made without it, and says so.
+    decoder.room = 12
+    long = fixed.write(asked, Effort(60.0))
+    assert (long.text, long.decoding) == (plain.write(asked, Effort(60.0)).text, "plain")
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ class StubWriter:
         text = self.texts[min(len(self.asked), len(self.texts)) - 1]
         if isinstance(text, BaseException):
             raise text
-        return Draft(text=text, tokens=20, is_finished=True, model=self.name)
+        return Draft(text=text, tokens=20, is_finished=True, model=self.name, decoding="graph")
 
 
 @pytest.fixture
@@ -112,6 +112,7 @@ def test_a_good_text_is_applied_and_its_facts_are_told(asking):
         "enhancement_tokens": 20,
         "enhancement_model": "stub",
         "enhancement_tries": 1,
+        "enhancement_decoding": "graph",
     }
     assert 0 <= seconds < 1
 
@@ -284,6 +285,7 @@ def test_the_same_prompt_and_seed_are_not_asked_twice(asking, context_of, tmp_pa
     again, _ = asking(None, context=context)
     assert again.prompt == first.prompt
     assert again.facts["enhancement_cached"] is True
+    assert again.facts["enhancement_decoding"] == first.facts["enhancement_decoding"] == "graph"
     assert again.facts["enhancement_tokens"] == first.facts["enhancement_tokens"]
     assert len(writer.asked) == 1
     for changes in ({"seed": 4}, {"prompt": f"{PROMPT} in rain"}, {"content_type": ContentType.IMAGE}):
