@@ -17,11 +17,12 @@ from ourvidz_core.worker.slot import EngineSlot
 
 @attrs.define
 class GatedEngine:
-    """Generates one job after the other, each step when the test says so."""
+    """Generates one job after the other as they came, each step when the test says so."""
 
     entered: list[str] = attrs.field(factory=list)
     gates: dict[str, threading.Semaphore] = attrs.field(factory=dict)
-    free: threading.Lock = attrs.field(factory=threading.Lock)
+    generated: int = 0
+    changed: threading.Condition = attrs.field(factory=threading.Condition)
 
     def run(
         self,
@@ -33,12 +34,16 @@ class GatedEngine:
         **_: object,
     ) -> FinishedGeneration:
         gate = self.gates.setdefault(job.id, threading.Semaphore(0))
-        self.entered.append(job.id)
-        with self.free:
-            on_begun()
-            for step in range(3):
-                assert gate.acquire(timeout=10)
-                on_progress("denoise", step, 2)
+        with self.changed:
+            self.entered.append(job.id)
+            assert self.changed.wait_for(lambda: self.entered[self.generated] == job.id, timeout=10)
+        on_begun()
+        for step in range(3):
+            assert gate.acquire(timeout=10)
+            on_progress("denoise", step, 2)
+        with self.changed:
+            self.generated += 1
+            self.changed.notify_all()
         on_generated()
         assert gate.acquire(timeout=10)
         return FinishedGeneration(job=job, generation=Generation(), seconds=1.0)
