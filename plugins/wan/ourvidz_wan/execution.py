@@ -241,8 +241,8 @@ def _warm(arguments: GenerateArguments, context: JobContext) -> WanModels:
             gpus=arguments.gpus,
         ),
         vram_gb=0.0 if arguments.offload_model else WEIGHTS_GB.get(arguments.task.name, 0.0),
-        # What is offloaded is moved by diffusers, whenever it works.
-        parts=None if arguments.offload_model else lambda loaded: loaded.parts,
+        # What is offloaded is moved by diffusers' hooks, which the engine sees, and is measured all the same.
+        parts=lambda loaded: loaded.parts,
         on_leave=_forget_graphs,
     )
     return attrs.evolve(models, residence=context.models.residence(key))

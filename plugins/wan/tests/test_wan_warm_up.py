@@ -23,6 +23,15 @@ def test_warming_up_loads_the_weights_and_encodes_the_negative_prompt(tmp_path, 
     assert context.steps == [("generate", 1, 1)]
 
 
+def test_models_that_wait_in_main_memory_are_warmed_as_well(tmp_path, model_dir):
+    environ = {"OURVIDZ_WAN_CKPT_DIR": str(model_dir), "OURVIDZ_WAN_OFFLOAD_MODEL": "true"}
+    context = RecordingContext(tmp_path, environ=environ, models=ModelCache())
+
+    plugin.warm_up(context=context, job_types=JOB_TYPES)
+
+    assert context.steps == [("generate", 1, 1)]
+
+
 def test_nothing_is_loaded_for_a_script_that_loads_its_own(tmp_path, model_dir):
     models = ModelCache()
     environ = {"OURVIDZ_WAN_CKPT_DIR": str(model_dir), "OURVIDZ_WAN_RUN_AS": "subprocess"}
