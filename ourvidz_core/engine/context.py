@@ -79,9 +79,9 @@ class EngineContext:
         """Seconds until the deadline."""
         return self._deadline - time.monotonic()
 
-    def restart_clock(self) -> None:
-        """Give the job its time again: it has waited for others."""
-        self._deadline = max(self._deadline, time.monotonic() + self._timeout_seconds)
+    def grant(self, seconds: float) -> None:
+        """Give the job at least so long from now."""
+        self._deadline = max(self._deadline, time.monotonic() + seconds)
 
     def settings(self, section: type[Section]) -> Section:
         """The plugin's own settings."""

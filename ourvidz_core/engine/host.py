@@ -16,6 +16,7 @@ from attrs import define, field
 
 from ourvidz_core.engine.child import EngineChild, Request
 from ourvidz_core.engine.protocol import (
+    FINISH_SECONDS,
     Doing,
     JobBroken,
     JobFinished,
@@ -38,8 +39,6 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 3.0
 #: A cancelled job that did not stop at its next step by then is stopped with its engine.
 CANCEL_SECONDS = 1.0
-#: What a job has at least for its files, however late the device was done with it.
-FINISH_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 #: Engines that may end because of other jobs before a job that waited in each of them is given up.
 _MOST_ENGINES = 3

@@ -28,6 +28,8 @@ from ourvidz_core.wire.payloads import converter, faults_of
 
 #: A result names its files; it does not carry them.
 MAX_MESSAGE_BYTES = 16_000_000
+#: What a job has at least for its files, however late the device was done with it.
+FINISH_SECONDS = 60.0
 #: A line of the engine's stderr: what follows is of the job of the request whose number ends the line. Said there
 #: because only there the order is sure.
 JOB_MARK = "--- ourvidz: a job begins: "

@@ -30,6 +30,7 @@ from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.perform import Generated, finish, generate, review, warm_up
 from ourvidz_core.engine.processes import ENGINE_MARK, kill_marked, kill_session
 from ourvidz_core.engine.protocol import (
+    FINISH_SECONDS,
     JOB_MARK,
     CancelJob,
     Channel,
@@ -118,7 +119,7 @@ class EngineServer:
         self._channel.send(Reached(request=request.request, stage=Stage.REVIEWING))
         with self._answering_for(request):
             finished.context.stop_if_cancelled()
-            finished.context.restart_clock()
+            finished.context.grant(request.timeout_seconds)  # it has waited for others
             review(self._registry, finished.finished, finished.context)
             self._answer(JobFinished(request=request.request, finished=finished.finished))
 
@@ -137,6 +138,7 @@ class EngineServer:
 
     def _finish(self, request: RunJob, generated: Generated, context: EngineContext) -> None:
         with self._answering_for(request):
+            context.grant(FINISH_SECONDS)
             finished = finish(self._registry, generated, context)
             if not self._registry.get(request.job.job_type).is_reviewed:
                 self._answer(JobFinished(request=request.request, finished=finished))

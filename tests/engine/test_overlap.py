@@ -279,6 +279,15 @@ def test_a_job_that_is_cancelled_while_it_waits_leaves_at_once(bench: Bench) -> 
     assert first.pid == bench.start().pid
 
 
+def test_a_job_may_report_its_files_when_its_time_for_the_device_is_over(bench: Bench) -> None:
+    late = bench.start(after="late", seconds=0.1)
+    late.reaches("begun")
+    late.reaches("generated")
+    threading.Timer(0.2, bench.open, ["late"]).start()
+
+    assert late.pid
+
+
 def test_an_engine_whose_writing_hangs_is_replaced_when_its_jobs_are_over(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
