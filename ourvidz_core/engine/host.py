@@ -236,6 +236,7 @@ class EngineProcess:
                 child.leave(request)
             if answer is not None:
                 return answer
+            child.cancel(request)  # where it still ends other jobs, it must not begin with this one
         raise EngineLost(f"{_MOST_ENGINES} engines ended before this job had its turn; it is tried again")
 
     def _running(self, cancelled: threading.Event) -> EngineChild:

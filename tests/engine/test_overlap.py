@@ -52,7 +52,8 @@ def pass_gate(name, context):
 def generate(job, context):
     config = job.config
     if config.opens:
-        (GATES / config.opens).touch()
+        with (GATES / config.opens).open("a") as gate:
+            gate.write(f"{os.getpid()} ")
     pass_gate(config.before, context)
     if config.what == "die":
         os._exit(7)
@@ -99,6 +100,9 @@ class Bench:
 
     def open(self, gate: str) -> None:
         (self._root / "gates" / gate).touch()
+
+    def opened_by(self, gate: str) -> list[int]:
+        return [int(pid) for pid in (self._root / "gates" / gate).read_text().split()]
 
     def start(self, what: str = "draw", *, seconds: float = 20.0, job_id: str = "", **config: str) -> Running:
         self._count += 1
@@ -181,7 +185,7 @@ def test_files_are_not_waited_for_in_the_time_that_a_job_took(bench: Bench) -> N
     first = bench.start(before="go")
     first.reaches("begun")
     waiting = bench.start()
-    threading.Timer(0.3, bench.open, ["go"]).start()
+    threading.Timer(0.15, bench.open, ["go"]).start()
 
     assert waiting.result.result(10).seconds < first.result.result(10).seconds / 2
 
@@ -298,6 +302,24 @@ def test_an_engine_whose_writing_hangs_is_replaced_when_its_jobs_are_over(
 
     assert isinstance(hanging.result.exception(10), JobTimeout)
     assert bench.start().pid != before
+
+
+def test_an_engine_that_ends_its_last_jobs_begins_with_none_that_went_elsewhere(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ourvidz_core.engine.host.FINISH_SECONDS", 0.1)
+    monkeypatch.setattr("ourvidz_core.engine.host.GRACE_SECONDS", -0.4)
+    hanging = bench.start(after="never", seconds=0.5)
+    hanging.reaches("begun")
+    last = bench.start(before="the-last-may-end")
+    last.reaches("begun")
+    waiting = bench.start(opens="elsewhere")
+    assert isinstance(hanging.result.exception(10), JobTimeout)
+
+    bench.open("the-last-may-end")
+
+    assert last.pid != waiting.pid
+    assert bench.opened_by("elsewhere") == [waiting.pid]
 
 
 def test_reviews_have_the_device_to_themselves(tmp_path: Path) -> None:
