@@ -185,7 +185,7 @@ def test_files_are_not_waited_for_in_the_time_that_a_job_took(bench: Bench) -> N
     first = bench.start(before="go")
     first.reaches("begun")
     waiting = bench.start()
-    threading.Timer(0.15, bench.open, ["go"]).start()
+    threading.Timer(0.3, bench.open, ["go"]).start()
 
     assert waiting.result.result(10).seconds < first.result.result(10).seconds / 2
 
