@@ -19,13 +19,10 @@ from attrs import field, frozen
 FRAME_CORRELATION = 0.9
 #: Share of a latent's variance that all frames have in common: a background, a light.
 STATIC_SHARE = 0.3
-#: A single reference also says what the video looks like later, the more the stronger it is.
-SINGLE_STATIC_SHARE = 0.3
-SINGLE_STATIC_SHARE_PER_STRENGTH = 0.4
+#: The same, where only the end is known. With more, a video is drawn to its end from the start on, and hardly moves.
+END_STATIC_SHARE = 0.0
 #: Variance of the doubt about a single reference at strength 0.5.
 SINGLE_DOUBT = 0.25
-#: A single reference's video starts this far (times the strength) below pure noise.
-SINGLE_START_PER_STRENGTH = 0.05
 #: Some noise is left to remove however strong a reference image is, so that a step always runs.
 LEAST_IMAGE_NOISE = 0.05
 
@@ -97,7 +94,9 @@ def pinned(*, start: torch.Tensor | None = None, end: torch.Tensor | None = None
     ends = [(0, start), (-1, end)]
     known = [(frame, latent) for frame, latent in ends if latent is not None]
     return FrameConditioner(
-        frames=tuple(frame for frame, _ in known), latents=torch.cat([latent for _, latent in known], dim=2)
+        frames=tuple(frame for frame, _ in known),
+        latents=torch.cat([latent for _, latent in known], dim=2),
+        static_share=STATIC_SHARE if start is not None else END_STATIC_SHARE,
     )
 
 
@@ -107,16 +106,7 @@ def resembling(latent: torch.Tensor, strength: float) -> FrameConditioner:
         frames=(0,),
         latents=latent,
         doubt=SINGLE_DOUBT * ((1.0 - strength) / strength) ** 2,
-        static_share=SINGLE_STATIC_SHARE + SINGLE_STATIC_SHARE_PER_STRENGTH * strength,
     )
-
-
-def single_start_sigma(strength: float) -> float:
-    """Noise level at which a video that resembles a single reference starts.
-
-    A noise level and not a share of the steps: at shift 5 half of all steps are above 0.82.
-    """
-    return 1.0 - SINGLE_START_PER_STRENGTH * strength
 
 
 def image_start_sigma(strength: float) -> float:

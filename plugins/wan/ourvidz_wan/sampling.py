@@ -26,7 +26,6 @@ from ourvidz_wan.conditioning import (
     noised,
     pinned,
     resembling,
-    single_start_sigma,
 )
 from ourvidz_wan.config import Tier, as_size, frames_of, scaled_size
 from ourvidz_wan.decoding import Arriving, Frames, latent_statistics
@@ -258,13 +257,8 @@ def _plan(arguments: GenerateArguments, models: WanModels, size: tuple[int, int]
             strength=strength,
         )
     if single is not None:
-        clip = still(single, frames)
         return _Plan(
-            method="resembling_first_frame",
-            conditioner=resembling(clip[:, :, :1], strength),
-            clean=clip,
-            start_sigma=single_start_sigma(strength),
-            strength=strength,
+            method="resembling_first_frame", conditioner=resembling(still(single, 1), strength), strength=strength
         )
     if start is not None or end is not None:
         return _Plan(

@@ -13,7 +13,6 @@ from ourvidz_wan.conditioning import (
     pinned,
     resembling,
     schedule_from,
-    single_start_sigma,
 )
 from ourvidz_wan.config import Solver
 from ourvidz_wan.sampling import decode, encode_still, fit_image, sample
@@ -153,7 +152,6 @@ def test_doubt_moves_a_frame_part_of_the_way():
 
 def test_full_strength_leaves_no_doubt():
     assert resembling(torch.zeros(1, 16, 1, 2, 2), 1.0).doubt == 0.0
-    assert single_start_sigma(1.0) == pytest.approx(0.95)
     assert image_start_sigma(1.0) == 0.05
     assert image_start_sigma(0.3) == pytest.approx(0.7)
 
