@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 #: Modules that may hold FlashAttention 3: the wheel ``fa3-fwd``, and what its authors' own build installs.
 FLASH_3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
-#: Heads that it is used for, WAN's. With heads of 64 its wheel met an illegal instruction on an H200, and after one
-#: a process can use its device no more, so that trying is no way to find out.
+#: Heads that it is used for: WAN's, with which it was measured. A build may leave other sizes out, and after an illegal
+#: instruction a process can use its device no more, so that trying is no way to find out.
 FLASH_3_HEAD_DIM = 128
 #: A kernel that differs more than this from torch's plain one does not work on this device.
 TOLERATED_ERROR = 2e-2
