@@ -19,7 +19,7 @@ from attrs import field, frozen
 FRAME_CORRELATION = 0.9
 #: Share of a latent's variance that all frames have in common: a background, a light.
 STATIC_SHARE = 0.3
-#: The same, where only the end is known. With more, a video is drawn to its end from the start on, and hardly moves.
+#: The same, where only the end is known. With more, a video may be drawn to its end from the start on, and stand still.
 END_STATIC_SHARE = 0.0
 #: Variance of the doubt about a single reference at strength 0.5.
 SINGLE_DOUBT = 0.25
