@@ -159,7 +159,7 @@ def test_modules_are_found_in_what_holds_them(hold: Callable[[nn.Module], object
     assert modules_of(hold(module)) == [module]
 
 
-@pytest.mark.parametrize("other", [object(), "unet", 3, None, SimpleNamespace(a=1)], ids=lambda other: type(other).__name__)
+@pytest.mark.parametrize("other", [object(), "unet", 3, None, SimpleNamespace(a=1)], ids=lambda it: type(it).__name__)
 def test_what_holds_no_module_has_none(other: object) -> None:
     assert modules_of(other) == []
 
