@@ -110,8 +110,7 @@ class DeviceMemory:
 
     def release(self) -> None:
         """Find what nobody holds any longer, and give it back."""
-        gc.collect()
-        self.trim()
+        release_memory()
 
     def trim(self) -> None:
         """Give back what the allocator keeps for later."""
@@ -133,6 +132,13 @@ def host_bytes_free(cgroup: Path = _CGROUP) -> int:
         cached = int(figures["active_file"]) + int(figures["inactive_file"])
         free = min(free, limit - int((cgroup / "memory.current").read_text("ascii")) + cached)
     return max(free, 0)
+
+
+def release_memory() -> None:
+    """Find what nobody holds any longer, and give back what the allocator keeps for later."""
+    gc.collect()
+    if (cuda := _cuda()) is not None:
+        cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
+
+from ourvidz_core.engine.device_memory import release_memory
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +101,7 @@ class GraphedCall:
         self._plain.clear()
         self._pool = None
         if had_graphs:
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory()
 
     def _find_places(self) -> tuple[int, ...]:
         return tuple(weight.data_ptr() for weight in self._weights)
@@ -135,8 +135,7 @@ class GraphedCall:
         logger.warning("%s runs without a CUDA graph, and slower: %s", self._name, reason[0])
         if not self._graphs:
             self._pool = None
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
         return None
 
     def _capture(self, leaves: list[Any], unflatten: Callable[[list[Any]], Any], device: torch.device) -> _Graph:

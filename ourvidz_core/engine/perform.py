@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from attrs import frozen
 
 from ourvidz_core.engine.checks import check_artifact
 from ourvidz_core.engine.context import EngineContext
-from ourvidz_core.engine.device_memory import forget_peak, peak_bytes
+from ourvidz_core.engine.device_memory import forget_peak, peak_bytes, release_memory
 from ourvidz_core.errors import ArtifactError, DiskFull, EngineUnusable, HookFailed, JobError, OutOfMemory
 from ourvidz_core.plugins.registry import Registry
 from ourvidz_core.redaction import redact
@@ -136,18 +135,11 @@ def _machine_error(error: JobError) -> JobError:
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"no room is left on the worker's disk: {text}; free some, or set OURVIDZ_WORK_DIR")
     if type(cause).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
-        _release_memory()
+        release_memory()
         return OutOfMemory(f"the device has too little memory for this job: {text}")
     if any(sign in text for sign in STICKY_DEVICE_ERRORS):
         return EngineUnusable(f"the device is broken until the engine restarts: {text}")
     return error
-
-
-def _release_memory() -> None:
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _device_facts() -> Mapping[str, Any]:

@@ -5,7 +5,6 @@ Image i of a batch has a generator of its own, so it is the image that its seed 
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from PIL.Image import Image, fromarray
 from transformers.utils import logging as transformers_logging
 
 from ourvidz_core.engine.compilation import may_compile
+from ourvidz_core.engine.device_memory import is_out_of_memory, release_memory
 from ourvidz_core.engine.models import AlwaysResident
 from ourvidz_core.engine.pacing import StepPacer
 from ourvidz_core.engine.weight_files import read_module, read_weights
@@ -308,9 +308,7 @@ class SdxlPipeline:
                 raise
         # Only here has the exception let go of the tensors in its frames.
         self.forget_graphs()
-        gc.collect()
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        release_memory()
         return None
 
     def _as_decoded(self, latents: torch.Tensor) -> torch.Tensor:
@@ -386,13 +384,6 @@ def precision(device: str) -> torch.dtype:
     if not device.startswith("cuda"):
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is the device's, or the machine's, lack of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
-    )
 
 
 def _from_directory(model: Path, device: str, dtype: torch.dtype) -> Any:

@@ -28,10 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from ourvidz_core.engine.device_memory import is_out_of_memory
 from ourvidz_core.errors import ModelUnavailable
 from ourvidz_sdxl.config import ReferenceType
 from ourvidz_sdxl.edges import edge_map
-from ourvidz_sdxl.pipeline import ImageRequest, ReferencePicture, Sampling, SdxlPipeline, is_out_of_memory
+from ourvidz_sdxl.pipeline import ImageRequest, ReferencePicture, Sampling, SdxlPipeline
 from ourvidz_sdxl.settings import SdxlSettings
 
 #: The position of canny among the conditions that a union ControlNet was trained with.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -82,7 +83,4 @@ class LocalPredictor:
         return prediction
 
     def _tokens(self, hidden_states: torch.Tensor) -> int:
-        tokens = 1
-        for side, patch in zip(hidden_states.shape[2:], self._patch_size, strict=True):
-            tokens *= side // patch
-        return tokens
+        return math.prod(side // patch for side, patch in zip(hidden_states.shape[2:], self._patch_size, strict=True))
