@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -41,6 +42,15 @@ def test_scenes_are_the_same_for_the_same_seed():
 def test_training_never_draws_a_held_out_scene(video):
     assert not any(scene.is_held_out for scene in scenes.draw_scenes(500, 1, video=video))
     assert all(scene.is_held_out for scene in scenes.draw_scenes(50, 1, video=video, held_out=True))
+
+
+def test_training_sees_every_colour_and_every_shape_in_every_motion():
+    drawn = scenes.draw_scenes(4000, 1, video=True)
+    for kinds, seen in (
+        (scenes.COLOURS, {(scene.colour, scene.motion) for scene in drawn}),
+        (scenes.SHAPES, {(scene.shape, scene.motion) for scene in drawn}),
+    ):
+        assert seen == set(itertools.product(kinds, scenes.MOTIONS))
 
 
 def test_a_description_is_read_back():
