@@ -239,16 +239,17 @@ def main() -> None:
         unseen = scenes.render(scenes.draw_scenes(64, 7, video=False, held_out=True), *SIZES[0], device)
         seen_again = pipeline.vae.decode(pipeline.vae.encode(unseen).latent_dist.mean).sample
         logger.info("VAE on held-out scenes: %.2f dB", training.psnr(seen_again, unseen))
-    run = training.Run(
-        "sdxl_unet",
-        [pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2],
-        work=chosen.work,
-        steps=chosen.steps,
-        seconds=chosen.seconds,
-        rate=chosen.rate,
-        warm_up=100,
-    )
-    train_unet(pipeline, run, device, chosen.seed, chosen.batch, chosen.scenes or 120000, chosen.plain_part)
+    if chosen.steps:
+        run = training.Run(
+            "sdxl_unet",
+            [pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2],
+            work=chosen.work,
+            steps=chosen.steps,
+            seconds=chosen.seconds,
+            rate=chosen.rate,
+            warm_up=100,
+        )
+        train_unet(pipeline, run, device, chosen.seed, chosen.batch, chosen.scenes or 120000, chosen.plain_part)
     training.export(pipeline, chosen.directory, VARIANT)
     logger.info("written to %s", chosen.directory)
 

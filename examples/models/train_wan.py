@@ -96,10 +96,16 @@ def make_pipeline(vae_channels: int = VAE_CHANNELS) -> Any:
     )
 
 
-def train_vae(pipeline: Any, run: training.Run, device: torch.device, seed: int, batch: int) -> None:
-    """Teach the autoencoder single pictures first, then clips, from its weights at that point on."""
+def train_vae(
+    pipeline: Any, run: training.Run, device: torch.device, *, seed: int, batch: int, pictures_part: float
+) -> None:
+    """Teach the autoencoder single pictures first, then clips, from its weights at that point on.
+
+    Its decoder alone where the encoder takes no gradients: latents then stay what a transformer knows.
+    """
     vae = pipeline.vae
     on_gpu = device.type == "cuda"
+    learns_whole = vae.quant_conv.weight.requires_grad
     pools = [
         render_pool(scenes.draw_scenes(int(share * (8000 if on_gpu else 16)), seed + i, video=True), *size, device)
         for i, (size, share) in enumerate(zip(SIZES, _SHARE_OF_SIZES, strict=True))
@@ -109,16 +115,21 @@ def train_vae(pipeline: Any, run: training.Run, device: torch.device, seed: int,
     with joined_taps(vae):
         for _ in run:
             pool = chance.choices(pools, _SHARE_OF_SIZES)[0]
-            frames = 1 if run.done < _PICTURES_PART else chance.choices((1, 9, 17, 33), (0.1, 0.4, 0.4, 0.1))[0]
+            frames = 1 if run.done < pictures_part else chance.choices((1, 9, 17, 33), (0.1, 0.4, 0.4, 0.1))[0]
             clip = some_clips(pool, max(1, (4 * batch if frames == 1 else batch * 9) // frames), frames, chance)
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 posterior = encode_whole(vae, clip)
                 decoded = decode_whole(vae, posterior.sample())
             error = decoded.float() - clip
+            # Frames that are each a little wrong in another way flicker: what changes from one to the next counts, too.
+            flicker = error.diff(dim=2).abs().mean() if frames > 1 else error.new_zeros(())
             square, kl = error.square().mean(), divergence(posterior)
-            run.learn(4 * square + error.abs().mean() + _KL_WEIGHT * kl, square=square, kl=kl)
+            run.learn(
+                4 * square + error.abs().mean() + flicker + _KL_WEIGHT * kl, square=square, flicker=flicker, kl=kl
+            )
     run.average()
-    fit_latents(vae, scenes.draw_scenes(256 if on_gpu else 8, seed, video=True), device)
+    if learns_whole:
+        fit_latents(vae, scenes.draw_scenes(256 if on_gpu else 8, seed, video=True), device)
 
 
 def divergence(posterior: Any) -> torch.Tensor:
@@ -427,6 +438,11 @@ def main() -> None:
     # A step takes eight times as many pictures as videos.
     parser.add_argument("--pictures-part", type=float, default=0.25, help="part of the training on pictures alone")
     parser.add_argument("--vae", type=Path, help="begin with the autoencoder of an exported model")
+    parser.add_argument(
+        "--decoder-only",
+        action="store_true",
+        help="of the autoencoder train the decoder alone, for latents as they are",
+    )
     chosen = parser.parse_args()
     device = training.start(chosen.seed)
     pipeline = load(chosen.weights) if chosen.weights else make_pipeline(chosen.vae_channels)
@@ -434,6 +450,9 @@ def main() -> None:
         pipeline.vae = AutoencoderKLWan.from_pretrained(chosen.vae / "vae", torch_dtype=torch.float32)
     training.place([pipeline.vae, pipeline.transformer, pipeline.text_encoder], device)
     if chosen.vae_steps:
+        if chosen.decoder_only:
+            pipeline.vae.encoder.requires_grad_(False)
+            pipeline.vae.quant_conv.requires_grad_(False)
         vae_run = training.Run(
             "wan_vae",
             [pipeline.vae],
@@ -443,7 +462,14 @@ def main() -> None:
             rate=1e-3,
             warm_up=100,
         )
-        train_vae(pipeline, vae_run, device, chosen.seed, min(48, chosen.batch))
+        train_vae(
+            pipeline,
+            vae_run,
+            device,
+            seed=chosen.seed,
+            batch=min(48, chosen.batch),
+            pictures_part=0.0 if chosen.decoder_only else _PICTURES_PART,
+        )
     pipeline.vae.requires_grad_(False)
     with torch.no_grad():
         unseen = scenes.draw_scenes(8 if device.type == "cuda" else 1, 7, video=True, held_out=True)
@@ -451,32 +477,33 @@ def main() -> None:
         seen_again = pipeline.vae.decode(pipeline.vae.encode(clip).latent_dist.mean).sample
         by_frame = [round(training.psnr(seen_again[:, :, i], clip[:, :, i]), 1) for i in (0, 1, 8, 16, 32, 48, 64, 80)]
         logger.info("VAE on held-out scenes: %.2f dB; frames %s", training.psnr(seen_again, clip), by_frame)
-    if device.type == "cuda":
-        pipeline.transformer.compile_repeated_blocks()
-    run = training.Run(
-        "wan_transformer",
-        [pipeline.transformer, pipeline.text_encoder],
-        work=chosen.work,
-        steps=chosen.steps,
-        seconds=chosen.seconds,
-        rate=chosen.rate,
-        matrices=[
-            weight
-            for blocks in (pipeline.transformer.blocks, pipeline.text_encoder.encoder.block)
-            for name, weight in blocks.named_parameters()
-            if weight.dim() == 2 and "bias" not in name
-        ],
-    )
-    train_transformer(
-        pipeline,
-        run,
-        device,
-        seed=chosen.seed,
-        batch=chosen.batch,
-        count=chosen.scenes or 20000,
-        plain_part=chosen.plain_part,
-        pictures_part=chosen.pictures_part,
-    )
+    if chosen.steps:
+        if device.type == "cuda":
+            pipeline.transformer.compile_repeated_blocks()
+        run = training.Run(
+            "wan_transformer",
+            [pipeline.transformer, pipeline.text_encoder],
+            work=chosen.work,
+            steps=chosen.steps,
+            seconds=chosen.seconds,
+            rate=chosen.rate,
+            matrices=[
+                weight
+                for blocks in (pipeline.transformer.blocks, pipeline.text_encoder.encoder.block)
+                for name, weight in blocks.named_parameters()
+                if weight.dim() == 2 and "bias" not in name
+            ],
+        )
+        train_transformer(
+            pipeline,
+            run,
+            device,
+            seed=chosen.seed,
+            batch=chosen.batch,
+            count=chosen.scenes or 20000,
+            plain_part=chosen.plain_part,
+            pictures_part=chosen.pictures_part,
+        )
     training.export(pipeline, chosen.directory, VARIANT)
     if chosen.native and training.rank() == 0:
         tiny_wan.save_native(pipeline, chosen.native, VARIANT)

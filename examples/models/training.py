@@ -75,7 +75,7 @@ def diffusion_arguments(
     parser = arguments(description)
     parser.add_argument("--vae-steps", type=int, default=20000, help="0: the autoencoder stays as it is")
     parser.add_argument("--vae-seconds", type=float, default=1e6)
-    parser.add_argument("--steps", type=int, default=100000)
+    parser.add_argument("--steps", type=int, default=100000, help="0: what draws stays as it is")
     parser.add_argument("--seconds", type=float, default=1e6)
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--rate", type=float, default=rate)
