@@ -46,6 +46,13 @@ def test_every_pixel_comes_back(tmp_path_factory, mode, width, height):
     assert "ein Haus &lt;am&gt; See" in again.info["XML:com.adobe.xmp"]
 
 
+@pytest.mark.parametrize("size", [(300, 291), (300, 292), (701, 523), (1024, 1024)], ids=str)
+def test_a_picture_that_several_threads_pack_comes_back(tmp_path, size):
+    image = Image.effect_noise(size, 60).convert("RGB")
+    write_png(image, tmp_path / "image.png", FACTS)
+    assert reread(tmp_path / "image.png").tobytes() == image.tobytes()
+
+
 @pytest.mark.parametrize("mode", ["1", "P", "I;16"])
 def test_rare_modes_are_written_too(tmp_path, mode):
     image = noise("RGB", (32, 32)).convert(mode) if mode != "I;16" else Image.new(mode, (32, 32), 54321)
