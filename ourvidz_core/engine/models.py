@@ -42,6 +42,22 @@ Result = TypeVar("Result")
 WHOLE = "model"
 
 
+@define(kw_only=True)
+class Traffic:
+    """What keeping to the budget has cost so far: what was loaded and dropped, and the parts that moved."""
+
+    loads: int = 0
+    #: Whole models, because main memory had no room either.
+    drops: int = 0
+    to_host: int = 0
+    #: Less than what left, where a copy was kept.
+    to_host_bytes: int = 0
+    to_device: int = 0
+    to_device_bytes: int = 0
+    #: Operations that ran out of memory and were called again with the device to themselves.
+    retries: int = 0
+
+
 @define(kw_only=True, eq=False)
 class _Part:
     """What moves at once."""
@@ -114,6 +130,7 @@ class ModelCache:
         #: Room that was made for operations that are going on (bytes).
         self._reserved: list[int] = []
         self._uses = 0
+        self.traffic = Traffic()
 
     @classmethod
     def of(cls, settings: Settings) -> ModelCache:
@@ -233,6 +250,7 @@ class ModelCache:
         self._make_room(self._working_memory.weights_of(key) or stated_bytes)
         before = self._memory.used_bytes()
         model = self._loaded(key, load)
+        self.traffic.loads += 1
         found = self._found_parts(key, model, named)
         if all(part.weights is None for part in found.values()):
             taken = self._memory.used_bytes() - before
@@ -307,14 +325,18 @@ class ModelCache:
         weights = part.weights
         if weights is None:
             return
+        self.traffic.to_device_bytes += self._copied_in(weights)
+        self.traffic.to_device += 1
+
+    def _copied_in(self, weights: Weights) -> int:
         try:
-            weights.to_device()
-            return
+            return weights.to_device()
         except Exception as error:
             if not is_out_of_memory(error) or not self.free_others():
                 raise
+        # Only here has the exception let go of the tensors in its frames.
         self._memory.release()
-        weights.to_device()
+        return weights.to_device()
 
     def _make_room(self, needed: int) -> None:
         budget = self._memory.budget_bytes()
@@ -354,11 +376,16 @@ class ModelCache:
 
     def _leave(self, part: _Part) -> None:
         if not part.can_move or not self._make_host_room(part):
-            self.drop(part.model)
+            self._drop_for_room(part.model)
         elif part.weights is not None:
             _tell(self._warm[part.model], part)
-            part.weights.to_host()
+            self.traffic.to_host_bytes += part.weights.to_host()
+            self.traffic.to_host += 1
             self._memory.trim()
+
+    def _drop_for_room(self, key: str) -> None:
+        self.drop(key)
+        self.traffic.drops += 1
 
     def _make_host_room(self, part: _Part) -> bool:
         """Whether main memory takes ``part``. Spare copies leave it first, then models by age."""
@@ -375,7 +402,7 @@ class ModelCache:
                 return True
             if key not in (part.model, newest) and not self._warm[key].is_locked and self._host_bytes_of(key):
                 logger.info("model %s is dropped: main memory has no room for it", key)
-                self.drop(key)
+                self._drop_for_room(key)
         if self._host_used() + needed <= budget:
             return True
         # The model that was asked for last is in its plugin's hands: it may be moved, not dropped.
@@ -439,9 +466,12 @@ class _Place:
             except Exception as error:
                 if not is_out_of_memory(error) or not self._cache.free_others():
                     raise
-            # Only here has the exception let go of the tensors in its frames.
-            self._cache.release()
-            logger.info("the device had too little memory for %s of %s; it is tried again alone", work, self._key)
+        # Only here has the exception let go of the tensors in its frames.
+        self._cache.release()
+        self._cache.traffic.retries += 1
+        logger.info("the device had too little memory for %s of %s; it is tried again alone", work, self._key)
+        # Measured anew, for what has left would be taken off what this takes.
+        with self.use(*parts, work=work):
             return function()
 
     def rows(self, work: Work, *parts: str) -> int:

@@ -52,7 +52,9 @@ class Weights:
     """The weights of ``modules``, on ``device`` or in main memory.
 
     Main memory is pinned for a CUDA device, and a copy there is kept when the weights come back to the
-    device, so that they can leave again without being copied. Weights do not change in place.
+    device, so that they can leave again without being copied. Weights that were exchanged or changed in place
+    since are copied anew; but what is changed behind autograd's back, as ``weight.data += ...`` does, is not seen,
+    and belongs into a model's load.
     """
 
     def __init__(self, modules: Iterable[torch.nn.Module], device: torch.device) -> None:
@@ -60,7 +62,7 @@ class Weights:
         self._device = device
         self._copy: _HostCopy | None = None
         #: What lay on the device when the copy was known to be equal.
-        self._copied: tuple[tuple[int, int], ...] | None = None
+        self._copied: tuple[tuple[int, ...], ...] | None = None
         self.is_on_device = all(_lies_on(shared.first, device) for shared in self._shared())
         self.size_bytes = sum(shared.bytes for shared in self._shared())
 
@@ -71,8 +73,11 @@ class Weights:
             return self._copy.bytes
         return 0 if self.is_on_device else self.size_bytes
 
-    def to_device(self) -> None:
-        """Bring the weights to the device. One that runs out of memory leaves them where they were."""
+    def to_device(self) -> int:
+        """Bring the weights to the device, and say how many bytes were copied.
+
+        One that runs out of memory leaves them where they were.
+        """
         import torch
 
         started = time.monotonic()
@@ -85,10 +90,13 @@ class Weights:
                 one.place(data)
         self._copied = _state_of(shared) if self._copy is not None else None
         self._arrived(shared, is_on_device=True, started=started)
+        return self.size_bytes
 
-    def to_host(self) -> None:
-        """Take the weights off the device."""
+    def to_host(self) -> int:
+        """Take the weights off the device, and say how many bytes were copied: none where a copy was kept."""
         import torch
+
+        copied = 0
 
         started = time.monotonic()
         shared = list(self._shared())
@@ -98,11 +106,13 @@ class Weights:
                 self._copy = _HostCopy(shared, is_pinned=self._device.type == "cuda")
                 for one, data in zip(shared, self._copy.tensors, strict=True):
                     data.copy_(one.first, non_blocking=True)
+                    copied += one.bytes
                 _wait_for(self._device)
             for one, data in zip(shared, self._copy.tensors, strict=True):
                 one.place(data)
         self._copied = None
         self._arrived(shared, is_on_device=False, started=started)
+        return copied
 
     def forget_copy(self) -> None:
         """Free the copy in main memory of weights that are on the device."""
@@ -191,8 +201,8 @@ def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield tensor
 
 
-def _state_of(shared: list[_Shared]) -> tuple[tuple[int, int], ...]:
-    return tuple((one.first.data_ptr(), one.bytes) for one in shared)
+def _state_of(shared: list[_Shared]) -> tuple[tuple[int, ...], ...]:
+    return tuple((one.first.data_ptr(), one.bytes, *(tensor._version for tensor in one.tensors)) for one in shared)
 
 
 def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

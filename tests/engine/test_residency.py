@@ -113,6 +113,21 @@ def test_a_model_that_leaves_the_device_comes_back_without_being_loaded(cache: M
     assert dict(cache.on_device) == {"a": 6 * KIB}
 
 
+def test_what_turns_cost_is_counted(cache: ModelCache) -> None:
+    cache.get("a", lambda: Net(6))
+    for key in ("b", "a", "b"):
+        cache.get(key, lambda: Net(6))
+    seen = cache.traffic
+    assert (seen.loads, seen.drops, seen.to_host, seen.to_device) == (2, 0, 3, 2)
+    # What left a second time had left a copy.
+    assert (seen.to_host_bytes, seen.to_device_bytes) == (12 * KIB, 12 * KIB)
+
+    scarce = cache_of(PretendDevice(budget_kib=10), host_kib=0)
+    for key in ("a", "b"):
+        scarce.get(key, lambda: Net(6))
+    assert (scarce.traffic.loads, scarce.traffic.drops, scarce.traffic.to_host) == (2, 1, 0)
+
+
 def test_weights_are_measured_whatever_the_plugin_says(cache: ModelCache) -> None:
     cache.get("a", lambda: Net(6), vram_gb=99)
     cache.get("b", lambda: Net(4), vram_gb=4 * KIB / GIB)
@@ -279,6 +294,34 @@ class TestOutOfMemory:
             place.run(self.short_of_memory(cache, until=0), work=DENOISE)
 
         assert place.rows(DENOISE) < DENOISE.rows
+
+    def test_what_left_in_between_is_not_taken_off_what_the_second_call_took(self) -> None:
+        @define(eq=False)
+        class Counted(PretendDevice):
+            used_kib: float = 0
+
+            def used_bytes(self) -> int:
+                return int(self.used_kib * KIB)
+
+        device, memory = Counted(budget_kib=20), WorkingMemory()
+        cache = cache_of(device, memory=memory)
+        for key in ("a", "b"):
+            cache.get(key, lambda: Net(6))
+            device.used_kib += 6
+
+        def work() -> None:
+            device.take(device.used_kib)
+            if "a" in cache.on_device:
+                device.used_kib = 6
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            device.take(6 + 10)
+
+        cache.residence("b").run(work, work=DENOISE)
+
+        figures = memory.figures("b", DENOISE)
+        assert figures is not None
+        assert figures.wanted == 11 * KIB
+        assert cache.traffic.retries == 1
 
     def test_another_error_is_not_tried_again(self, cache: ModelCache) -> None:
         cache.get("a", lambda: Net(2))

@@ -114,6 +114,22 @@ def test_weights_that_were_exchanged_on_the_device_are_copied_anew(net: Net, wei
     assert net.brief.tolist() == [7.0, 7.0, 7.0]
 
 
+def test_weights_that_were_changed_in_place_leave_as_they_are(net: Net, weights: Weights) -> None:
+    assert weights.to_host() > 0
+    weights.to_device()
+    assert weights.to_host() == 0, "the copy was as good"
+    weights.to_device()
+    with torch.no_grad():
+        net.head.weight.mul_(2)
+    expected = net.embed.weight.clone()
+
+    assert weights.to_host() > 0
+    weights.to_device()
+
+    assert torch.equal(net.embed.weight, expected)
+    assert torch.equal(net.tied_otherwise, expected)
+
+
 def test_a_device_without_room_leaves_the_weights_where_they_were(
     net: Net, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
