@@ -40,7 +40,14 @@ from benchmarks.gpu.rows import ROWS, Outcome, Row, choose
 Say = Callable[[Outcome], None]
 REASON = 900
 #: Models that a group of rows needs, as methods of ``Models``.
-MODELS = {"wan": "wan", "sdxl": "sdxl", "qwen": "qwen", "service": "sdxl", "gpus": "wan"}
+MODELS = {
+    "wan": ("wan",),
+    "sdxl": ("sdxl",),
+    "qwen": ("qwen",),
+    "memory": ("wan", "sdxl", "qwen"),
+    "service": ("sdxl",),
+    "gpus": ("wan",),
+}
 #: A process has this long to end its worker and itself.
 CLOSE_SECONDS = 20.0
 
@@ -148,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _joined(given.join, given.json, markdown=given.markdown)
     if given.write_models:
         models = Models(directory=given.models, is_small=given.small)
-        for name in {MODELS[row.group] for row in rows if row.group in MODELS}:
+        for name in {name for row in rows for name in MODELS.get(row.group, ())}:
             getattr(models, name)()
         return 0
     # An exception, so that what was started is ended.

@@ -35,6 +35,7 @@ def open_group(name: str, scale: Scale, models: Models, out: Path) -> Any:
         "sdxl": ("sdxl", "Sdxl"),
         "qwen": ("qwen", "Qwen"),
         "exact": ("exact", "Exact"),
+        "memory": ("memory", "Memory"),
         "service": ("service", "Service"),
         "gpus": ("service", "SeveralGpus"),
     }[name]

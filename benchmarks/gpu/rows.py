@@ -22,6 +22,9 @@ SDXL_IMAGE = 25 * 13.5 / MATRIX_TFLOPS
 #: Each token reads all of the language model's weights but the table of its words: 14.1 GB.
 QWEN_TOKEN = 14.1 / MEMORY_GBPS
 
+#: Device memory that a run is kept to (GiB), the first without any need.
+MEMORY_CAPS = (48, 24, 16)
+
 
 class Skipped(Exception):
     """The row cannot be measured here; the message says why."""
@@ -138,6 +141,23 @@ ROWS = (
         unit="",
         target=1e-4,
         limit=120.0,
+    ),
+    *(
+        Row(
+            name=f"memory{cap}",
+            group="memory",
+            what=f"SDXL, WAN and Qwen in turns on {cap} GiB, equal to the bit",
+            unit="GiB",
+            target=float(cap),
+        )
+        for cap in MEMORY_CAPS
+    ),
+    Row(
+        name="memory_short",
+        group="memory",
+        what="SDXL 6 images where they do not fit, relative error",
+        unit="",
+        target=2e-2,
     ),
     Row(
         name="start",
