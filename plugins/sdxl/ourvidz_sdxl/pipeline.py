@@ -323,6 +323,15 @@ class SdxlPipeline:
         return self._latent_statistics[1].to(latents.dtype)
 
 
+class _TextToImage(StableDiffusionXLPipeline):  # type: ignore[misc]
+    """diffusers' pipeline, all of it on one device."""
+
+    @property
+    def _execution_device(self) -> torch.device:
+        # diffusers looks for hooks at some 2,500 modules, for 8 ms before each batch in which the device has no work.
+        return next(self.unet.parameters()).device
+
+
 def _latent_statistics(config: Any, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What the decoder's latents are multiplied by and what is added then, by channel."""
     spread = torch.tensor(config.latents_std or [1.0] * config.latent_channels) / config.scaling_factor
@@ -388,15 +397,13 @@ def precision(device: str) -> torch.dtype:
 
 def _from_directory(model: Path, device: str, dtype: torch.dtype) -> Any:
     read = parts_of_directory(model, device, dtype) if device.startswith("cuda") else {}
-    return StableDiffusionXLPipeline.from_pretrained(
-        str(model), dtype=dtype, local_files_only=True, add_watermarker=False, **read
-    )
+    return _TextToImage.from_pretrained(str(model), dtype=dtype, local_files_only=True, add_watermarker=False, **read)
 
 
 def _from_checkpoint(model: Path, device: str, dtype: torch.dtype, config_dir: Path | None) -> Any:
     is_read = device.startswith("cuda") and model.suffix == ".safetensors"
     read = parts_of_checkpoint(model, device, dtype, config_dir) if is_read else {}
-    return StableDiffusionXLPipeline.from_single_file(
+    return _TextToImage.from_single_file(
         str(model), config=str(config_dir), dtype=dtype, local_files_only=True, add_watermarker=False, **read
     )
 

@@ -39,6 +39,14 @@ def model(tiny_model: Path) -> SdxlPipeline:
     return loaded
 
 
+def test_a_draw_does_not_look_at_each_module_to_find_its_device(
+    model: SdxlPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model.base._execution_device == StableDiffusionXLPipeline._execution_device.fget(model.base)
+    monkeypatch.setattr(torch.nn.Module, "modules", None)
+    drawn(model)
+
+
 def drawn(model: SdxlPipeline, solver: Solver | None = None) -> DrawnImages:
     request = ImageRequest(
         prompt="a red fox",
