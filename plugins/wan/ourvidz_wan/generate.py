@@ -71,7 +71,7 @@ def generate(arguments: GenerateArguments, models: WanModels, on_progress: OnPro
     from ourvidz_wan.video import VideoWriter, even
 
     made = make_latents(arguments, models, on_progress)
-    facts = {**made.facts, "prompt": arguments.prompt, "seed": arguments.base_seed}
+    facts = {**arguments.metadata, **made.facts, "prompt": arguments.prompt, "seed": arguments.base_seed}
     width, height = made.size
     # Under another name first: a file under the asked-for name is a whole one.
     unfinished = arguments.save_file.with_name(f".{arguments.save_file.name}.part")
@@ -162,6 +162,8 @@ def _say(line: str) -> None:
 
 
 def _terminate(_signum: int, _frame: FrameType | None) -> None:
+    # A second one would break off what the first began.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # An exception, so that unfinished files are removed on the way out.
     raise SystemExit(EXIT_TERMINATED)
 

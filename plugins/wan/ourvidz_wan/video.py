@@ -43,6 +43,7 @@ class VideoWriter:
     def __init__(self, path: Path, facts: Mapping[str, Any], *, fps: int) -> None:
         """See :func:`write_video`."""
         self._coming: queue.SimpleQueue[Frames | None] = queue.SimpleQueue()
+        self._is_given_up = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-video")
         self._written = self._thread.submit(write_video, self._frames(), path, facts, fps=fps)
 
@@ -57,15 +58,25 @@ class VideoWriter:
 
     def give_up(self) -> None:
         """Stop, and leave what was written for the caller to remove."""
+        self._is_given_up = True
         self.end()
         wait([self._written])
 
     def wait(self) -> tuple[int, int]:
-        """The width and height written, once the file is whole; raises what the writing raised."""
-        return self._written.result()
+        """The width and height written, once the file is whole; raises what the writing raised.
+
+        Where the waiting is broken off, the writing is given up: it would make a new file after this one is removed.
+        """
+        try:
+            return self._written.result()
+        except BaseException:
+            self.give_up()
+            raise
 
     def _frames(self) -> Iterator[Frames]:
         while (frames := self._coming.get()) is not None:
+            if self._is_given_up:
+                return
             yield frames
 
 

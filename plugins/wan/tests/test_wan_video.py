@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -130,6 +131,27 @@ def test_what_goes_wrong_while_parts_are_written_is_raised_in_the_end(tmp_path):
     writer.end()
     with pytest.raises(FileNotFoundError):
         writer.wait()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers that interrupt")
+def test_who_breaks_off_the_waiting_ends_the_writing(tmp_path):
+    """Else the thread goes on, and its file is there again after it was removed."""
+
+    def interrupt(_number, _frame):
+        raise SystemExit(143)
+
+    writer = VideoWriter(tmp_path / "moving.mp4", FACTS, fps=16)
+    writer.add(moving())
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(SystemExit):
+            writer.wait()  # for frames that nobody adds
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert writer._written.done()
+    (tmp_path / "moving.mp4").unlink()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_frames_are_no_video(tmp_path):
