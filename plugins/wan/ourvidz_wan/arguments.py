@@ -6,12 +6,13 @@ Everything that can be refused is refused here, before torch is imported.
 from __future__ import annotations
 
 import argparse
+import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from attrs import frozen
+from attrs import field, frozen
 
 from ourvidz_core.errors import OurVidzError
 from ourvidz_core.wire.jobs import SEED_LIMIT
@@ -58,6 +59,8 @@ class GenerateArguments:
     gpus: int = 1
     device: str = "auto"
     tier: Tier = Tier.EXACT
+    #: What the file says beside the facts, such as what its prompt was made of.
+    metadata: Mapping[str, str] = field(factory=dict)
 
 
 def parse_arguments(argv: Sequence[str]) -> GenerateArguments:
@@ -103,6 +106,7 @@ def parse_arguments(argv: Sequence[str]) -> GenerateArguments:
         gpus=given.gpus,
         device=given.device,
         tier=Tier(given.tier),
+        metadata=given.metadata,
     )
 
 
@@ -152,6 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=[tier.value for tier in Tier],
         help="exact: every step; fast: under half of them (default: %(default)s)",
     )
+    add("--metadata", type=_texts, default={}, help="JSON object of texts that the file says of itself, too")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     return parser
 
@@ -251,6 +256,16 @@ def _truth(text: str) -> bool:
     if text.lower() not in known:
         raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
     return known[text.lower()]
+
+
+def _texts(text: str) -> dict[str, str]:
+    try:
+        texts = json.loads(text)
+    except ValueError:
+        texts = None
+    if not isinstance(texts, dict) or not all(isinstance(value, str) for value in texts.values()):
+        raise argparse.ArgumentTypeError(f"expected a JSON object of texts, not {text!r}")
+    return texts
 
 
 def _paths(text: str) -> tuple[Path, ...]:

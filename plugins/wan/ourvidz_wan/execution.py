@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,10 @@ def prepare_wan_job(job: Job, context: JobContext) -> Job:
     return attrs.evolve(job, facts={**job.facts, "wan_task": _task(job, context.settings(WanSettings))})
 
 
-def build_wan_command(job: Job, context: JobContext) -> Command:
+def build_wan_command(job: Job, context: JobContext, *, metadata: Mapping[str, str] | None = None) -> Command:
     """The ``wan_generate`` command line of ``job``, whose config is a :class:`WanConfig`.
+
+    The file says ``metadata``, too, unless another script writes it.
 
     :raises ModelUnavailable: no checkpoint directory is configured.
     """
@@ -98,6 +100,10 @@ def build_wan_command(job: Job, context: JobContext) -> Command:
             options["gpus"] = settings.gpus
         if settings.use_job_negative_prompt and job.negative_prompt is not None:
             options["negative_prompt"] = job.negative_prompt
+        if metadata:
+            options["metadata"] = json.dumps(
+                {name: text.replace("\0", " ") for name, text in metadata.items()}, ensure_ascii=False
+            )
     program = ("-m", MODULE) if settings.script is None else (str(settings.script),)
     return Command(
         argv=(
@@ -175,8 +181,8 @@ def command_environment(settings: WanSettings, environ: Mapping[str, str] = os.e
     return environment
 
 
-def facts_of_file(path: Path) -> dict[str, Any]:
-    """The facts that ``wan_generate`` wrote into a file, with their types."""
+def facts_of_file(path: Path, *, metadata: Collection[str] = ()) -> dict[str, Any]:
+    """The facts that ``wan_generate`` wrote into a file, with their types; without what it was told as ``metadata``."""
     from ourvidz_core.engine.pictures import read_facts as read_picture_facts
     from ourvidz_wan.video import read_facts as read_video_facts
 
@@ -184,7 +190,7 @@ def facts_of_file(path: Path) -> dict[str, Any]:
     return {
         key: text if key in FACTS_IN_WORDS else json.loads(text)
         for key, text in read(path).items()
-        if key not in FACTS_OF_FILE_FORMAT
+        if key not in FACTS_OF_FILE_FORMAT and key not in metadata
     }
 
 
@@ -262,7 +268,7 @@ def _generate_apart(job: Job, command: Command, context: JobContext) -> Generati
     # What was asked for: core opens the file and compares.
     artifact = attrs.evolve(artifact, seed=job.seed, width=width, height=height, frames=frames)
     if settings.script is None:
-        facts = _reported(facts_of_file(artifact.path))
+        facts = _reported(facts_of_file(artifact.path, metadata=arguments_of(command).metadata))
     else:
         facts = {**_asked(job), "size": as_size(width, height)}
     return Generation(artifacts=(artifact,), facts=facts)

@@ -101,6 +101,8 @@ REFUSED = {
     "odd file": (("--save_file=PLACE/out.gif",), "must end in .mp4, or in .png for one frame"),
     "video as a picture": (("--save_file=PLACE/out.png", "--frame_num=5"), "one frame is written as .png"),
     "two kinds of reference": (("--image=PLACE/red.png", "--first_frame=PLACE/red.png"), "give one kind"),
+    "metadata that are no texts": (('--metadata={"steps": 3}',), "expected a JSON object of texts"),
+    "metadata that are no JSON": (("--metadata=steps",), "expected a JSON object of texts"),
     "a reference that the task does not read": (("--src_video=PLACE/red.png",), "nothing that t2v-1.3B reads"),
 }
 

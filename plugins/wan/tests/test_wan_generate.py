@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from ourvidz_wan.arguments import parse_arguments
 from ourvidz_wan.checkpoints import load_models
 from ourvidz_wan.generate import main, run
 from ourvidz_wan.tasks import TASKS
-from ourvidz_wan.video import read_video, write_video
+from ourvidz_wan.video import read_facts, read_video, write_video
+
+from ourvidz_core.engine.pictures import read_facts as read_picture_facts
 
 
 def quietly(step, total):
@@ -55,6 +58,16 @@ def test_it_writes_the_file_and_reports_each_step(options, call_main, capsys):
     assert printed.err.splitlines() == ["step 1 of 3", "step 2 of 3", "step 3 of 3"]
     assert read_video(options["save_file"]).shape == (5, 80, 48, 3)
     assert [path.name for path in options["save_file"].parent.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.parametrize(("name", "frames", "read"), [("out.mp4", 5, read_facts), ("out.png", 1, read_picture_facts)])
+def test_the_file_says_what_the_command_line_says_of_it(name, frames, read, options, tmp_path, call_main):
+    told = {"original_prompt": '狐狸 🦊 & "friends"', "prompt": "not this one"}
+    target = tmp_path / name
+    assert call_main(**{**options, "save_file": target, "frame_num": frames, "metadata": json.dumps(told)}) == 0
+    written = read(target)
+    assert written["original_prompt"] == told["original_prompt"]
+    assert (written["prompt"], written["seed"]) == (options["prompt"], "4")
 
 
 def test_a_failure_is_one_line_and_status_1(options, tmp_path, call_main, capsys):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import attrs
-from ourvidz_wan.config import WanSettings
 from ourvidz_wan.execution import build_wan_command, generate_wan, prepare_wan_job
 
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.plugins.hookspecs import ReadSettings, hookimpl
-from ourvidz_core.wire.artifacts import Artifact, Generation
+from ourvidz_core.wire.artifacts import Generation
 from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.findings import Check
 from ourvidz_core.wire.job_types import JobType
@@ -18,7 +16,6 @@ from ourvidz_core.wire.jobs import Job
 from ourvidz_core.wire.payloads import Payload
 from ourvidz_wan_enhanced.doctor import enhanced_checks
 from ourvidz_wan_enhanced.enhancement import enhance_job, warm_up_writer
-from ourvidz_wan_enhanced.files import add_facts
 from ourvidz_wan_enhanced.job_types import JOB_TYPES
 from ourvidz_wan_enhanced.jobs import parse_enhanced_job
 
@@ -46,27 +43,17 @@ def prepare_job(job: Job, context: JobContext) -> Job:
 
 @hookimpl
 def build_command(job: Job, context: JobContext) -> Command:
-    """WAN's own command line; it carries the enhanced prompt where there is one."""
-    return build_wan_command(job, context)
+    """WAN's own command line; it carries the enhanced prompt where there is one, and what that was made of."""
+    metadata = {name: job.facts[name] for name in FACTS_OF_FILE if job.facts.get(name) is not None}
+    if job.enhanced_prompt is not None:
+        metadata["original_prompt"] = job.prompt
+    return build_wan_command(job, context, metadata=metadata)
 
 
 @hookimpl
 def generate(job: Job, command: Command, context: JobContext) -> Generation:
-    """WAN's own generation; then the file is told what its prompt was made of."""
-    generation = generate_wan(job, command, context)
-    if context.settings(WanSettings).script is not None:  # what another script wrote is its own
-        return generation
-    facts = {name: job.facts[name] for name in FACTS_OF_FILE if job.facts.get(name) is not None}
-    if job.enhanced_prompt is not None:
-        facts["original_prompt"] = job.prompt
-
-    def finish() -> tuple[Artifact, ...]:
-        artifacts = generation.artifacts if generation.finish is None else generation.finish()
-        for artifact in artifacts:
-            add_facts(artifact.path, facts)
-        return artifacts
-
-    return attrs.evolve(generation, artifacts=(), finish=finish)
+    """WAN's own generation."""
+    return generate_wan(job, command, context)
 
 
 @hookimpl

@@ -145,12 +145,13 @@ def test_references_run_as_on_the_plain_types(roles, context_of, pictures, qwen_
     off = attrs.evolve(enhanced, config=attrs.evolve(enhanced.config, enhance_prompt=False))
     assert isinstance(enhanced.config, EnhancedConfig)
     runs = {}
+    of_the_file = ("--save_file=", "--metadata=")
     for name, hooks, job in (("plain", wan_plugin, plain), ("off", plugin, off), ("on", plugin, enhanced)):
         context = context_of(model=qwen_dir)
         prepared = hooks.prepare_job(job, context)
         command = hooks.build_command(prepared, context)
         generation = hooks.generate(prepared, command, context)
-        runs[name] = (prepared, [part for part in command.argv if "--save_file" not in part], generation)
+        runs[name] = (prepared, [part for part in command.argv if not part.startswith(of_the_file)], generation)
     from ourvidz_wan.video import read_video
 
     frames = {name: read_video(generation.finish()[0].path) for name, (_, _, generation) in runs.items()}
