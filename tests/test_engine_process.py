@@ -171,6 +171,9 @@ def generate(job, context):
     elif what == "finish nonsense": return Generation(finish=lambda: "three pictures")
     elif what == "environment": facts |= {"environ": dict(os.environ)}
     elif what == "config": facts |= {"config": repr(job.config)}
+    elif what == "collector":
+        import gc
+        facts |= {"collects": gc.isenabled(), "frozen": gc.get_freeze_count()}
     return Generation(artifacts=(picture(context, job.seed),), facts=facts)
 """
 
@@ -255,6 +258,13 @@ def test_what_is_warm_stays_warm_and_what_a_plugin_prints_harms_nothing(work: Ca
     assert len({run.generation.facts["pid"] for run in (first, loud, third)}) == 1
     assert first.generation.artifacts[0].seed == 7
     assert (first.generation.artifacts[0].width, first.seconds > 0) == (16, True)
+
+
+def test_from_the_second_job_on_garbage_is_collected_and_what_stays_is_not_looked_at(work: Callable) -> None:
+    work("draw")
+    facts = work("collector").generation.facts
+    assert facts["collects"]
+    assert facts["frozen"] > 10_000
 
 
 def test_files_that_are_written_when_the_device_is_free_come_back_like_others(work: Callable) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import logging
 import os
 import sys
@@ -58,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 #: A progress bar does not move faster than this, and a step may take a millisecond.
 _PROGRESS_SECONDS = 0.1
+#: Nothing came for so long after the first job: nobody is waited for.
+_REST_SECONDS = 1.0
 #: What is shown of a line of the log while the engine warms up.
 _DOING_CHARACTERS = 200
 #: The thread with the device lets go of the interpreter in calls into torch, and gets it back after this long from one
@@ -89,6 +92,7 @@ class EngineServer:
             match self._take():
                 case RunJob() as request:
                     self._generate(request)
+                    self._begin_to_collect()
                 case WarmUp() as request:
                     self._warm_up(request)
                 case _Finished() as finished:
@@ -98,6 +102,21 @@ class EngineServer:
         with self._changed:
             self._changed.wait_for(lambda: self._line and not self._is_spent)
             return self._line.popleft()
+
+    def _begin_to_collect(self) -> None:
+        """After the first job, collect garbage as Python does, and never look again at what has stayed until now.
+
+        Until then an engine imports and loads a million objects that stay. To look through all of them again and again
+        is a quarter of the time in which they are made, and half a second in whatever job it happens in.
+        """
+        if gc.isenabled():
+            return
+        with self._changed:
+            # The first job's files are being written meanwhile.
+            self._changed.wait_for(lambda: self._line, timeout=_REST_SECONDS)
+        gc.collect()  # what is frozen is never freed
+        gc.freeze()
+        gc.enable()
 
     # -- with the device
 
@@ -301,6 +320,7 @@ def main(descriptor: int) -> None:
     """Run an engine on the pipe that the worker passed as ``descriptor``."""
     # Whatever plugins and libraries print goes to stderr, which the worker reads as a log.
     os.dup2(2, 1)
+    gc.disable()  # see EngineServer._begin_to_collect
     settings = load()
     set_up(settings, is_engine=True)
     keep_kernels(settings)
