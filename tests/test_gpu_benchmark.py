@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -14,6 +16,8 @@ from benchmarks.gpu import __main__ as benchmark
 from benchmarks.gpu import models, report
 from benchmarks.gpu.measure import measure
 from benchmarks.gpu.rows import BY_NAME, ROWS, Measured, Outcome, Skipped, choose
+from benchmarks.gpu.service import RunningWorker
+from ourvidz_core.testing.servers import ReceivedRequest
 
 
 def measured(row: str, ours: float, **others: float) -> Outcome:
@@ -71,6 +75,36 @@ def test_the_table_shows_what_was_measured_and_why_the_rest_was_not(tmp_path: Pa
     assert first["ratio"] == pytest.approx(34 / 24)
     assert (first["is_met"], first["measured"]["peak"], first["target_ratio"]) == (True, 21.5, 1.35)
     assert (second["is_met"], second["measured"]) == (None, None)
+
+
+def test_a_start_is_shown_with_what_happened_when() -> None:
+    facts = {"cold_seconds": 33.84, "timeline": [(0.7, "engine 7 starts"), (12.345, "importing torch")]}
+    shown = report.note_of(Outcome(row="start", status="measured", measured=Measured(ours=31.0, facts=facts)))
+    assert shown.splitlines() == [
+        "start: cold_seconds 33.8, timeline ",
+        "        0.70 s  engine 7 starts",
+        "       12.35 s  importing torch",
+    ]
+
+
+def test_a_worker_s_timeline_ends_with_the_job_and_has_its_log_and_what_others_heard(tmp_path: Path) -> None:
+    began = datetime(2026, 11, 22, 17, 0, 0)
+    log = tmp_path / "worker.log"
+    log.write_text(
+        "2026-11-22 17:00:01,250 INFO ourvidz_core.engine.host: engine 7 starts\n"
+        "Traceback of somebody\n"
+        "2026-11-22 17:00:09,000 INFO ourvidz_core.worker.worker: after the job\n"
+    )
+    body = json.dumps({"job_id": "job-1", "status": "completed"}).encode()
+    callback = ReceivedRequest(
+        method="POST", target="/callback?x=1", headers={}, body=body, received_at=began.timestamp() + 2
+    )
+    supabase = SimpleNamespace(requests=[callback], callbacks=[callback])
+    worker = RunningWorker(queue="q", client=None, supabase=supabase, environ={}, log=log)
+    assert worker.timeline(began.timestamp()) == [
+        (pytest.approx(1.25), "engine 7 starts"),
+        (pytest.approx(2.0), "POST /callback"),
+    ]
 
 
 def test_the_tables_of_runs_beside_one_another_are_joined_in_order_and_measured_rows_win(

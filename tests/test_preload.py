@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_the_first_job_finds_its_model_loaded_and_a_broken_one_stops_nothing(fle
     assert fleet.last("job-acme_broken")["metadata"]["loaded_for"] == "a job"
     log = fleet.log.read_text()
     assert "acme-warm makes ready what acme_warm need" in log
+    assert re.search(r"acme-warm, \d+\.\d\d s: reading the acme's weights", log)
     assert "acme-warm is warm after" in log
     assert "acme-broken could not make ready what acme_broken need" in log
     assert "RuntimeError: the acme is broken" in log

@@ -144,4 +144,6 @@ def note_of(outcome: Outcome) -> str:
 
 
 def _said(value: object) -> str:
+    if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple):  # a timeline
+        return "".join(f"\n      {seconds:6.2f} s  {text}" for seconds, text in value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)

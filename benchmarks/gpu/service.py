@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +42,8 @@ COUNTS, SHARES = (1, 3, 6), (6, 3, 1)
 START_SECONDS = 300.0
 #: Steps of a video that only warms up.
 WARM_STEPS = 2
+#: A line of a worker's log: when, and what it says.
+_LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) [A-Z]+ \S+: (.*)$", re.MULTILINE)
 #: Settings of this shell that a worker gets; others could lead it to somebody's storage.
 OF_SPEED = ("OURVIDZ_COMPILE", "OURVIDZ_KERNELS_DIR", "OURVIDZ_VRAM_BUDGET_GB")
 
@@ -66,8 +70,10 @@ class Service:
         # The first compiles for all numbers of images and fills the caches on disk.
         with self._opened() as (_, cold):
             pass
-        self._worker, warm = self._open.enter_context(self._opened())
-        return Measured(ours=warm, peak=_used_gib(), facts={"cold_seconds": cold})
+        worker, warm = self._open.enter_context(self._opened())
+        self._worker = worker
+        facts = {"cold_seconds": cold, "timeline": worker.timeline(worker.ended() - warm)}
+        return Measured(ours=warm, peak=_used_gib(), facts=facts)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[RunningWorker, float]]:
@@ -269,6 +275,12 @@ class RunningWorker:
         samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
         return next(sample.value for sample in samples if sample.name.startswith(BUSY.name))
 
+    def timeline(self, began: float) -> list[tuple[float, str]]:
+        """What the worker logged and what storage and callbacks heard, each with its seconds after ``began``."""
+        said = [(datetime.fromisoformat(at).timestamp(), text) for at, text in _LINE.findall(self._log_text())]
+        heard = [(one.received_at, f"{one.method} {one.path}") for one in list(self.supabase.requests)]
+        return [(at - began, text) for at, text in sorted(said + heard) if at <= self.ended()]
+
     def engine_seconds(self) -> float:
         """Processor time of the engine so far."""
         total = 0.0
@@ -282,7 +294,10 @@ class RunningWorker:
         return [(request.json(), request.received_at) for request in list(self.supabase.callbacks)]
 
     def _log_end(self) -> str:
-        return self.log.read_text("utf-8", "replace")[-1500:] if self.log.exists() else ""
+        return self._log_text()[-1500:]
+
+    def _log_text(self) -> str:
+        return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
 
 
 class Sampler:

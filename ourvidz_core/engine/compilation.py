@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from attrs import frozen
 
 from ourvidz_core.settings import CompileMode, Settings, load
 
@@ -23,6 +26,8 @@ logger = logging.getLogger(__name__)
 #: Variants of one function: a model's blocks share their code, and each has sizes of its own.
 _VARIANTS = 256
 _CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+#: What torch calls the making of one function, from the first look at its code to its kernels.
+_COMPILING = "_compile.compile_inner"
 #: Triton's kernels need tensor cores of this generation.
 _LEAST_CAPABILITY = (7, 0)
 
@@ -43,6 +48,21 @@ def may_compile(device: str, environ: Mapping[str, str] = os.environ) -> bool:
     config.recompile_limit = max(config.recompile_limit, _VARIANTS)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * _VARIANTS)
     return True
+
+
+@frozen(kw_only=True)
+class Compiled:
+    """What was compiled in this process: kernels that were kept are read in its place, after the same tracing."""
+
+    functions: int
+    seconds: float
+
+
+def compiled_so_far() -> Compiled:
+    """How much this process has compiled since it began, sizes of one function apart."""
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    times = utils.compilation_time_metrics.get(_COMPILING, []) if utils is not None else []
+    return Compiled(functions=len(times), seconds=sum(times))
 
 
 def keep_kernels(settings: Settings, environ: MutableMapping[str, str] = os.environ) -> None:

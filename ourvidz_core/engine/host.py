@@ -249,6 +249,7 @@ class EngineProcess:
             self._is_starting, self._has_failed = True, True
             try:
                 self._child = child = EngineChild(self._registry, self._environ)
+                logger.info("engine %s starts", child.pid)
                 self._wait_until_ready(child, cancelled)
                 self._has_failed = False
             except JobCancelled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ourvidz_core.errors import JobCancelled, JobError
 from ourvidz_core.worker.parts import WorkerParts
@@ -29,7 +29,11 @@ def warm_up(parts: WorkerParts, queues: Sequence[str], stopped: threading.Event)
         started = time.monotonic()
         try:
             parts.slot.warm_up(
-                distribution, names, timeout_seconds=max(limits[name] for name in names), cancelled=stopped
+                distribution,
+                names,
+                timeout_seconds=max(limits[name] for name in names),
+                on_doing=_note_of(distribution, started),
+                cancelled=stopped,
             )
         except JobCancelled:
             return
@@ -42,3 +46,13 @@ def warm_up(parts: WorkerParts, queues: Sequence[str], stopped: threading.Event)
             )
         else:
             logger.info("%s is warm after %.1f s", distribution, time.monotonic() - started)
+
+
+def _note_of(distribution: str, started: float) -> Callable[[str], None]:
+    """Logs what the engine is about, so that the log is a timeline of the start."""
+
+    def note(text: str) -> None:
+        seconds = time.monotonic() - started
+        logger.info("%s, %.2f s: %s", distribution, seconds, text, extra={"warming_seconds": round(seconds, 3)})
+
+    return note

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ourvidz_core.engine.compilation import CompiledCall, is_compiler_error, keep_kernels, may_compile
+from ourvidz_core.engine.compilation import CompiledCall, compiled_so_far, is_compiler_error, keep_kernels, may_compile
 from ourvidz_core.settings import Settings
 
 
@@ -87,3 +87,18 @@ def test_a_lack_of_memory_is_not_taken_for_a_fault_of_the_compiler():
     assert is_compiler_error(torch._dynamo.exc.Unsupported("a graph break"))
     assert not is_compiler_error(torch._dynamo.exc.Unsupported("CUDA out of memory"))
     assert not is_compiler_error(RuntimeError("CUDA error: misaligned address"))
+
+
+def test_what_was_compiled_is_counted_with_its_time():
+    import torch
+
+    def halved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor / 2
+
+    call, before = torch.compile(halved, backend="eager", dynamic=False), compiled_so_far()
+    for size in (2, 3, 2):
+        call(torch.ones(size))
+
+    after = compiled_so_far()
+    assert after.functions - before.functions == 2
+    assert after.seconds > before.seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ourvidz_core.engine.compilation import compiled_so_far
 from ourvidz_core.engine.pictures import write_png
 from ourvidz_core.engine.variants import find_model, read_variant
 from ourvidz_core.errors import ModelUnavailable, ReferenceUnavailable
@@ -25,6 +28,8 @@ from ourvidz_sdxl.pipeline import DrawnImages, ImageRequest, ReferencePicture, S
 from ourvidz_sdxl.references import Samplings, fit_reference
 from ourvidz_sdxl.settings import SdxlSettings, UnknownVariant
 from ourvidz_sdxl.variants import SdxlVariant
+
+logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "image/png"
 #: What the file itself says, beside the prompts and the seeds.
@@ -84,12 +89,15 @@ def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
     Where it is compiled, in each number of images that a job may have, so that no job waits for a compiler.
     """
     settings = context.settings(SdxlSettings)
+    logger.info("loading the model")
     model = _warm(context, settings, choose_model(settings, None))
     presets: list[SdxlConfig] = [job_type.preset for job_type in job_types]
     sizes = sorted({model.variant.size_for(preset.width, preset.height) for preset in presets})
     # The largest first: the compiler fits its kernels to what it sees first.
     counts = sorted(IMAGE_COUNTS, reverse=True) if model.may_be_compiled else (1,)
     for (width, height), count in product(sizes, counts):
+        began, before = time.monotonic(), compiled_so_far()
+        logger.info("drawing a step of %d at %dx%d", count, width, height)
         request = ImageRequest(
             prompt="",
             negative_prompt="",
@@ -105,6 +113,13 @@ def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
         )
         for picture in drawn.pictures:
             picture.image()
+        compiled = compiled_so_far()
+        logger.info(
+            "drew it in %.2f s; %d functions were compiled, or found compiled, in %.2f s",
+            time.monotonic() - began,
+            compiled.functions - before.functions,
+            compiled.seconds - before.seconds,
+        )
     model.settle()
 
 

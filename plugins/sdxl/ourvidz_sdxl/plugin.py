@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from ourvidz_core.plugins.context import JobContext
@@ -14,6 +15,8 @@ from ourvidz_core.wire.payloads import Payload
 from ourvidz_sdxl.config import sdxl_job
 from ourvidz_sdxl.doctor import sdxl_checks
 from ourvidz_sdxl.job_types import JOB_TYPES
+
+logger = logging.getLogger(__name__)
 
 
 @hookimpl
@@ -39,6 +42,10 @@ def generate(job: Job, context: JobContext) -> Generation:
 @hookimpl
 def warm_up(context: JobContext, job_types: Sequence[JobType]) -> None:
     """Load the model and draw an image of one step with it."""
+    logger.info("importing torch")
+    import torch  # noqa: F401 - apart from what follows, for the log's sake
+
+    logger.info("importing diffusers and transformers")
     from ourvidz_sdxl.generation import warm_up_model
 
     warm_up_model(context, job_types)
