@@ -20,12 +20,11 @@ from ourvidz_wan.layout import (
     missing_native_files,
     transformer_files,
 )
-from ourvidz_wan.parallel.plan import plan_ranks
+from ourvidz_wan.parallel.plan import GPUS_VARIABLE, plan_ranks
 
 MODEL_FAMILY = "wan"
 CKPT_VARIABLE = "OURVIDZ_WAN_CKPT_DIR"
 VACE_VARIABLE = "OURVIDZ_WAN_VACE_CKPT_DIR"
-GPUS_VARIABLE = "OURVIDZ_WAN_GPUS"
 #: The attention heads of the t2v-1.3B model, which all jobs run on.
 T2V_HEADS = 12
 _GET_AGAIN = "copy the checkpoint again, whole, and compare its files with the source's"

@@ -25,6 +25,7 @@ from ourvidz_wan.tasks import TASKS
 
 from ourvidz_core.doctor.gpus import Gpu, GpuReport
 from ourvidz_core.engine.host import EngineProcess
+from ourvidz_core.engine.ranks import devices_of
 from ourvidz_core.errors import EngineUnusable, GenerationError, JobCancelled, ModelUnavailable
 from ourvidz_core.plugins.loading import load_registry
 from ourvidz_core.settings import engine_environment, load
@@ -73,7 +74,7 @@ def test_doctor_compares_the_setting_with_what_is_there(gpus: int, seen: int, ex
 def test_more_gpus_than_are_there_are_refused_with_both_numbers() -> None:
     seen = torch.cuda.device_count()
     with pytest.raises(GenerationError, match=f"shall use 64 GPUs and this process sees {max(seen, 1)}"):
-        ranks.devices_of(64, torch.device("cuda"))
+        devices_of(64, "cuda", variable="OURVIDZ_WAN_GPUS")
 
 
 @pytest.fixture(scope="module")
@@ -143,17 +144,17 @@ class TestSharedJobs:
 def test_a_rank_that_is_gone_becomes_an_error_that_is_tried_again(even_dir: Path, sent: int, said: str) -> None:
     transformer = load_transformer(even_dir, T2V, device=CPU, dtype=torch.float32)
     world = Ranks(2, CPU, silent_seconds=3.0)
-    (follower,) = world._followers
+    (follower,) = map(psutil.Process, world._followers.pids)
     plan = RankPlan(offered=2, guidance=2, context=1)
     try:
         shared = world.share(transformer, LocalPredictor(transformer, CPU), even_dir, T2V, plan)
         with pytest.raises(EngineUnusable, match=said) as raised:
-            _predict_until(shared, lambda step: os.kill(follower.process.pid, sent) if step == 1 else None)
+            _predict_until(shared, lambda step: os.kill(follower.pid, sent) if step == 1 else None)
     finally:
         world.close()
     assert raised.value.is_transient
     assert "rank 1" in raised.value.message
-    assert follower.process.poll() == -signal.SIGKILL
+    assert not follower.is_running()
 
 
 @pytest.mark.slow

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -187,14 +185,3 @@ def tokens_of(transformer: Any, hidden_states: torch.Tensor) -> int:
     """How many patches the transformer makes of ``[1, channels, frames, height, width]``."""
     sides = zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
     return math.prod(side // patch for side, patch in sides)
-
-
-def say(connection: Connection, **message: Any) -> None:
-    """Send one message; an ``OSError`` says that the other end is gone."""
-    connection.send_bytes(json.dumps(message).encode())
-
-
-def hear(connection: Connection) -> dict[str, Any]:
-    """Read one message; an ``EOFError`` or ``OSError`` says that the other end is gone."""
-    message: dict[str, Any] = json.loads(connection.recv_bytes())
-    return message

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from attrs import frozen
 
+#: The setting that says how many GPUs a job uses.
+GPUS_VARIABLE = "OURVIDZ_WAN_GPUS"
 #: With guidance a step predicts twice: for the prompt and for what shall not be seen.
 BRANCHES = 2
 

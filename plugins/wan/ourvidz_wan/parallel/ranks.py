@@ -1,4 +1,4 @@
-"""Rank 0's side: starts the other ranks, gives them work, and notices when one is gone."""
+"""Rank 0's side: gives the other ranks their part of each prediction, and never waits for one that is gone."""
 
 from __future__ import annotations
 
@@ -6,37 +6,31 @@ import atexit
 import itertools
 import logging
 import os
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import asdict, define, field
+from attrs import asdict
 
-from ourvidz_core.engine.processes import ending_of
-from ourvidz_core.errors import EngineUnusable, GenerationError, JobError, ModelUnavailable, OutOfMemory
-from ourvidz_core.settings import without_keys
+from ourvidz_core.engine.follower import Message
+from ourvidz_core.engine.ranks import SILENT_SECONDS, Followers, devices_of
+from ourvidz_core.errors import EngineUnusable, JobError
 from ourvidz_wan.attention import KernelAttnProcessor
 from ourvidz_wan.parallel import exchange
 from ourvidz_wan.parallel.exchange import Groups
-from ourvidz_wan.parallel.plan import RankPlan, plan_ranks
+from ourvidz_wan.parallel.plan import GPUS_VARIABLE, RankPlan, plan_ranks
 from ourvidz_wan.prediction import LAUNCH_BOUND_TOKENS, Branch, Predict, Predictor
 from ourvidz_wan.tasks import Pipeline, Task
 
 logger = logging.getLogger(__name__)
 
-#: A process that says nothing for so long is stopped, or its machine is.
-SILENT_SECONDS = 30.0
 #: How long one exchange may take: the first of a job may compile.
 FIRST_STEP_SECONDS = 900.0
 STEP_SECONDS = 60.0
@@ -47,25 +41,6 @@ EXCHANGES_AHEAD = 2
 #: For an error to be told before the process ends.
 _LAST_RESORT_SECONDS = 10.0
 _POLL_SECONDS = 0.0005
-_WATCH_SECONDS = 0.25
-#: Where an exchange breaks off, the reason is known a little later.
-_REASON_SECONDS = 2.0
-
-
-@define(eq=False)
-class _Follower:
-    """One process beside ours, as far as it is known."""
-
-    rank: int
-    device: torch.device
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    heard_at: float = field(factory=time.monotonic)
-    #: Answers that nobody has taken yet.
-    answers: int = 0
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.device}, process {self.process.pid})"
 
 
 class Ranks:
@@ -80,17 +55,23 @@ class Ranks:
         :raises GenerationError: there are not so many GPUs.
         """
         self.size = ranks
-        self._devices = devices_of(ranks, device)
-        self._silent_seconds = silent_seconds
-        self._failure: JobError | None = None
+        devices = devices_of(ranks, str(device), variable=GPUS_VARIABLE)
+        #: That of rank 0.
+        self.device = torch.device(devices[0])
         self._is_joined = False
-        self._is_closed = threading.Event()
         self._pending: deque[Any] = deque()
         self._dropped: deque[str] = deque()
         self._keys = itertools.count()
+        #: Ranks that have loaded what all were told to load.
+        self._loaded: set[int] = set()
         self._directory = tempfile.TemporaryDirectory(prefix="ourvidz-ranks-")
-        self._followers = [self._start(rank) for rank in range(1, ranks)]
-        threading.Thread(target=self._watch, name="ranks-watch", daemon=True).start()
+        self._followers = Followers(
+            "ourvidz_wan.parallel.follower",
+            devices,
+            on_answer=self._note_loaded,
+            on_lost=self._end_if_stuck,
+            silent_seconds=silent_seconds,
+        )
 
     def share(self, transformer: Any, local: Predictor, ckpt_dir: Path, task: Task, plan: RankPlan) -> SharedPredictor:
         """Have the ranks of ``plan`` load the ``transformer`` of this process, too.
@@ -99,8 +80,9 @@ class Ranks:
         """
         key = str(next(self._keys))
         dtype = exchange.name_of(transformer.dtype)
+        self._loaded.clear()
         self._tell_all(kind="load", key=key, ckpt_dir=str(ckpt_dir), task=task.name, dtype=dtype)
-        self._await_answers()
+        self._await_loaded()
         device = self.device
         if not self._is_joined:
             meeting_point = Path(self._directory.name) / "meeting-point"
@@ -152,89 +134,49 @@ class Ranks:
             self._pending.popleft()
 
     @property
-    def device(self) -> torch.device:
-        """That of rank 0."""
-        return self._devices[0]
-
-    @property
     def is_closed(self) -> bool:
         """Whether the other ranks are ended."""
-        return self._is_closed.is_set()
+        return self._followers.is_closed
 
     def check(self) -> None:
         """Do nothing while all ranks are well.
 
         :raises EngineUnusable: one is not; another engine starts new ones.
         """
-        if self._failure is not None:
+        if not self._followers.is_well:
             self.close()
-            raise self._failure
+            self._followers.check()
 
     def close(self) -> None:
         """End the other ranks."""
-        if self._is_closed.is_set():
+        if self.is_closed:
             return
-        self._is_closed.set()
-        is_well = self._failure is None
-        for follower in self._followers:
-            if is_well:
-                with suppress(OSError):
-                    exchange.say(follower.connection, kind="leave")
-            else:
-                follower.process.kill()
+        is_well = self._followers.is_well
+        self._followers.dismiss()
         if self._is_joined and (is_well or self.device.type != "cuda"):
             exchange.leave()
         elif self._is_joined:
             # NCCL would wait for the rank that is gone, and so would an interpreter that ends in order.
             atexit.register(os._exit, 1)
-        for follower in self._followers:
-            try:
-                follower.process.wait(timeout=5.0)
-            except subprocess.TimeoutExpired:
-                follower.process.kill()
-                follower.process.wait()
-            follower.connection.close()
+        self._followers.await_end()
         self._directory.cleanup()
 
-    def _start(self, rank: int) -> _Follower:
-        ours, theirs = Pipe()
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ourvidz_wan.parallel.follower", str(theirs.fileno())],
-                env=without_keys(os.environ),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
-        finally:
-            theirs.close()
-        device = self._devices[rank]
-        follower = _Follower(rank, device, process, ours)
-        threads = torch.get_num_threads() if device.type == "cpu" else 0
-        exchange.say(ours, kind="start", rank=rank, ranks=self.size, device=str(device), threads=threads)
-        return follower
+    def _await_loaded(self) -> None:
+        wanted = set(range(1, self.size))
+        with self._ended_if_lost():
+            if not self._followers.wait_until(lambda: self._loaded >= wanted, LOAD_SECONDS):
+                late = self._followers.name(min(wanted - self._loaded))
+                self._fail(EngineUnusable(f"{late} did not load its weights within {LOAD_SECONDS:g} s"))
 
-    def _await_answers(self) -> None:
-        deadline = time.monotonic() + LOAD_SECONDS
-        while late := [follower for follower in self._followers if follower.answers == 0]:
-            self.check()
-            if time.monotonic() > deadline:
-                self._fail(EngineUnusable(f"{late[0]} did not load its weights within {LOAD_SECONDS:g} s"))
-            time.sleep(0.01)
-        for follower in self._followers:
-            follower.answers = 0
+    def _note_loaded(self, rank: int, message: Message) -> None:
+        if message["kind"] == "done":
+            self._loaded.add(rank)
 
     def _tell_all(self, **message: Any) -> None:
         self.check()
         while self._dropped:
-            self._send(kind="drop", key=self._dropped.popleft())
-        self._send(**message)
-
-    def _send(self, **message: Any) -> None:
-        for follower in self._followers:
-            # Whoever is gone is noticed by the thread that watches, with its reason.
-            with suppress(OSError):
-                exchange.say(follower.connection, **message)
+            self._followers.tell_all(kind="drop", key=self._dropped.popleft())
+        self._followers.tell_all(**message)
 
     def _exchange(self, tensors: Mapping[str, torch.Tensor], **message: Any) -> None:
         self.check()
@@ -259,59 +201,30 @@ class Ranks:
             time.sleep(_POLL_SECONDS)
 
     def _fail(self, error: JobError) -> None:
-        self._note(error)
+        self._followers.note(error)
         self.check()
-
-    def _note(self, error: JobError) -> None:
-        if self._failure is None:
-            self._failure = error
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What goes wrong here because a rank is gone is told as that; all else leaves the ranks out of step, too."""
+        with self._ended_if_lost(), self._followers.explained():
+            yield
+
+    @contextmanager
+    def _ended_if_lost(self) -> Iterator[None]:
+        """Whoever hears that a rank is gone finds the others ended."""
         try:
             yield
         except JobError:
-            raise
-        except Exception as error:
-            deadline = time.monotonic() + _REASON_SECONDS
-            while self._failure is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            self._note(_error_of("rank 0", type(error).__name__, str(error)))
             self.check()
+            raise
 
-    def _watch(self) -> None:
-        while self._failure is None:
-            if self._is_closed.is_set():
-                return
-            with suppress(OSError):  # closed meanwhile
-                ready = wait([follower.connection for follower in self._followers], timeout=_WATCH_SECONDS)
-                for follower in self._followers:
-                    if follower.connection in ready:
-                        self._hear(follower)
-                    elif time.monotonic() - follower.heard_at > self._silent_seconds:
-                        self._note(EngineUnusable(f"{follower} has not answered for {self._silent_seconds:g} s"))
-                        follower.process.kill()
+    def _end_if_stuck(self, error: JobError) -> None:
         if self._is_joined and self.device.type == "cuda":
             # Whatever waits for the device now waits for a rank that is gone: only this process's end helps.
             time.sleep(_LAST_RESORT_SECONDS)
-            sys.stderr.write(f"\nRankError: {self._failure}\n")
+            sys.stderr.write(f"\nRankError: {error}\n")
             sys.stderr.flush()
             os._exit(1)
-
-    def _hear(self, follower: _Follower) -> None:
-        try:
-            message = exchange.hear(follower.connection)
-        except (EOFError, OSError, ValueError):
-            if not self._is_closed.is_set():
-                self._note(EngineUnusable(f"{follower} died: {_ending(follower.process)}"))
-            return
-        follower.heard_at = time.monotonic()
-        match message["kind"]:
-            case "done":
-                follower.answers += 1
-            case "failed":
-                self._note(_error_of(follower, message["error_type"], message["message"]))
 
 
 class SharedPredictor:
@@ -415,34 +328,3 @@ def share_predictions(
         world = _world = Ranks(plan.ranks, device)
         atexit.register(world.close)
     return world.share(transformer, local, ckpt_dir, task, plan)
-
-
-def devices_of(ranks: int, device: torch.device) -> list[torch.device]:
-    """The devices of all ranks: ``device``, and after it the others that this process sees.
-
-    :raises GenerationError: there are too few.
-    """
-    if device.type != "cuda":
-        return [device] * ranks
-    own = device.index or 0
-    numbers = [own, *(number for number in range(torch.cuda.device_count()) if number != own)]
-    if len(numbers) < ranks:
-        raise GenerationError(
-            f"a WAN job shall use {ranks} GPUs and this process sees {len(numbers)};"
-            " give the worker more (CUDA_VISIBLE_DEVICES), or lower OURVIDZ_WAN_GPUS"
-        )
-    return [torch.device("cuda", number) for number in numbers[:ranks]]
-
-
-def _ending(process: subprocess.Popen[bytes]) -> str:
-    try:
-        return ending_of(process.wait(timeout=2.0))
-    except subprocess.TimeoutExpired:
-        return "its pipe closed"
-
-
-def _error_of(rank: object, error_type: str, message: str) -> JobError:
-    said = f"{rank} failed: {error_type}: {message}"
-    if "out of memory" in said.lower() or error_type == "OutOfMemoryError":
-        return OutOfMemory(f"a GPU has too little memory for its part of this job: {said}")
-    return ModelUnavailable(said) if error_type == "ModelUnavailable" else EngineUnusable(said)
