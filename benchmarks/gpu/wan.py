@@ -37,6 +37,8 @@ class Wan:
         self._warm: set[int] = set()
         self._exact: Path | None = None
         self._exact_prompt = 0
+        #: Seconds of our last run from its last decoded frame to its whole file.
+        self._tail_seconds = 0.0
         #: Seconds of diffusers' video: until its latents were there, and all of it.
         self._plain_parts: tuple[float, float] | None = None
 
@@ -179,7 +181,7 @@ class Wan:
     def _run_ours(self, frames: int, steps: int, *options: str, prompt: int | None = None) -> Any:
         """One command line, with a prompt that no run had before unless ``prompt`` says which."""
         from ourvidz_wan.arguments import parse_arguments
-        from ourvidz_wan.generate import run
+        from ourvidz_wan.generate import generate
 
         self._prompts += 1
         path = self._out / f"ours-{self._prompts}.{'png' if frames == 1 else 'mp4'}"
@@ -200,9 +202,12 @@ class Wan:
         models = self._ours
         argv = [f"--{name}={value}" for name, value in given.items()]
         with _recorded(self._latents):
-            made = run(parse_arguments([*argv, *options]), models, lambda _step, _total: None)
+            generated = generate(parse_arguments([*argv, *options]), models, lambda _step, _total: None)
+        decoded = time.perf_counter()
+        generated.write()
+        self._tail_seconds = time.perf_counter() - decoded
         self._last_prompt = given["prompt"]
-        return made
+        return generated.result
 
     def _run_plain(self, frames: int, steps: int, like: Any) -> float:
         """What diffusers makes of the last prompt, in the size of the result ``like``, written to a file as ours is.
@@ -249,7 +254,7 @@ class Wan:
     def _facts(self, made: Any) -> dict[str, Any]:
         known = ("size", "frame_num", "steps")
         facts = {name: value for name, value in made.facts.items() if name not in known and _is_of_speed(name)}
-        return {**facts, "file_mb": made.path.stat().st_size / 1e6}
+        return {**facts, "file_mb": made.path.stat().st_size / 1e6, "tail_seconds": self._tail_seconds}
 
 
 def _prompt(number: int) -> str:
@@ -262,7 +267,7 @@ def _is_of_speed(name: str) -> bool:
 
 @contextlib.contextmanager
 def _recorded(latents: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Keeps the latents that ``run`` decodes; a result of it has only the file."""
+    """Keeps the latents that ``generate`` decodes; a result of it has only the file."""
     from ourvidz_wan import sampling
 
     original = sampling.make_latents
