@@ -158,7 +158,7 @@ def test_in_half_precision_each_task_is_as_near_to_single_precision_as_plain_dif
     print(f"{case}: {off:.4f} from fp32, plain diffusers {plainly_off:.4f}, {apart:.4f} from each other; {made.facts}")
     assert off < 1.5 * plainly_off
     assert apart < 4e-2
-    assert np.abs(made.frames.astype(float) - rounded.frames).mean() < 2
+    assert np.abs(made.frames.astype(float) - rounded.frames).mean() < 5
     # What is replayed in the second run was recorded in the first.
     assert torch.equal(made.latents, again.latents)
     assert np.array_equal(made.frames, again.frames)
