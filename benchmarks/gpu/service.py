@@ -174,6 +174,9 @@ class RunningWorker:
             client = redis.Redis.from_url(server.address)
             ours = ("OURVIDZ_", "SUPABASE_", "REDIS_", "UPSTASH_")
             kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+            if kept.pop("PYTHONDONTWRITEBYTECODE", None):
+                # An installed worker has its bytecode; to compile libraries again would be half of its start.
+                kept["PYTHONPYCACHEPREFIX"] = str(directory / "bytecode")
             chosen = {key: value for key, value in os.environ.items() if key in OF_SPEED}
             worker = cls(
                 queue=queue,
