@@ -47,6 +47,11 @@ class Follower:
         with self._sending:
             say(self._connection, blobs=blobs, **message)
 
+    def give_up(self, error: BaseException) -> None:
+        """Tell rank 0 that there is no going on, and why. Any thread may."""
+        with suppress(OSError):
+            self.say(kind="failed", error_type=type(error).__name__, message=str(error))
+
     def _listen(self) -> None:
         while True:
             try:
@@ -74,8 +79,7 @@ def follow(descriptor: int, work: Callable[[Follower], None]) -> NoReturn:
     try:
         work(follower)
     except BaseException as error:
-        with suppress(OSError):
-            follower.say(kind="failed", error_type=type(error).__name__, message=str(error))
+        follower.give_up(error)
         traceback.print_exc()
         sys.stderr.flush()
         # At once: an interpreter that ends in order waits for exchanges that nobody joins any more.

@@ -234,7 +234,10 @@ class Followers:
             case "failed":
                 self.note(error_of(str(follower), message["error_type"], message["message"]))
             case _:
-                self._on_answer(follower.rank, message)
+                try:
+                    self._on_answer(follower.rank, message)
+                except Exception as error:  # whoever waits for it would wait for ever
+                    self.note(error_of(str(follower), type(error).__name__, str(error)))
                 with self._changed:
                     self._changed.notify_all()
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ourvidz_core.doctor.gpus import GpuReport, measure_gpus
 from ourvidz_core.doctor.model_files import checksum_faults, folder_faults, pipeline_faults, size_gb, weights_fault
 from ourvidz_core.engine.variants import find_model
 from ourvidz_core.plugins.hookspecs import ReadSettings
 from ourvidz_core.wire.findings import Check, Finding
+from ourvidz_sdxl.config import IMAGE_COUNTS
 from ourvidz_sdxl.job_types import JOB_TYPES
 from ourvidz_sdxl.layout import CONFIG_DIR_VARIABLE, CONFIG_IN_WORDS, missing_config
+from ourvidz_sdxl.parallel.plan import GPUS_VARIABLE
 from ourvidz_sdxl.settings import SdxlSettings
 
 TYPES = tuple(job_type.name for job_type in JOB_TYPES)
@@ -23,12 +26,38 @@ def sdxl_checks(settings: ReadSettings) -> Iterable[Check]:
     return (
         Check(name="models of ourvidz-sdxl", run=lambda: _look_at_all(settings(SdxlSettings)), is_at_start=True),
         Check(
+            name="GPUs of ourvidz-sdxl",
+            run=lambda: gpu_findings(settings(SdxlSettings), measure_gpus),
+            timeout_seconds=90.0,
+        ),
+        Check(
             name="models of ourvidz-sdxl (checksums)",
             run=lambda: _compare_checksums(settings(SdxlSettings)),
             is_thorough=True,
             timeout_seconds=600.0,
         ),
     )
+
+
+def gpu_findings(settings: SdxlSettings, measure: Callable[[], GpuReport]) -> Iterator[Finding]:
+    """Whether a job finds the GPUs that share its images; nothing where one makes them all, which others look at."""
+    if settings.gpus == 1:
+        return
+    report, most = measure(), max(IMAGE_COUNTS)
+    if len(report.gpus) < settings.gpus:
+        reason = f" ({report.trouble})" if report.trouble else ""
+        yield Finding.red(
+            f"{GPUS_VARIABLE} is {settings.gpus} and {len(report.gpus)} can be seen{reason}",
+            cure=f"give the worker {settings.gpus} GPUs (CUDA_VISIBLE_DEVICES), or lower {GPUS_VARIABLE}",
+            job_types=TYPES,
+        )
+    elif settings.gpus > most:
+        yield Finding.yellow(
+            f"a job has at most {most} images, and {settings.gpus} GPUs shall share them",
+            cure=f"set {GPUS_VARIABLE} to {most}",
+        )
+    else:
+        yield Finding.green(f"{settings.gpus} GPUs share the images of a job")
 
 
 def _look_at_all(settings: SdxlSettings) -> Iterator[Finding]:

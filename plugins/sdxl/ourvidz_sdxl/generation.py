@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from attrs import evolve, frozen
 from torch import Tensor
 
 from ourvidz_core.engine.compilation import compiled_so_far
 from ourvidz_core.engine.pictures import write_png
-from ourvidz_core.engine.variants import find_model, read_variant
+from ourvidz_core.engine.variants import find_model
 from ourvidz_core.errors import ModelUnavailable, ReferenceUnavailable
 from ourvidz_core.plugins.context import JobContext
 from ourvidz_core.wire.artifacts import Artifact, Generation
@@ -23,11 +24,13 @@ from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job
 from ourvidz_sdxl.config import IMAGE_COUNTS, SdxlConfig
 from ourvidz_sdxl.negative_prompts import NegativePrompt, fit_terms, negative_terms
+from ourvidz_sdxl.parallel.plan import deal, part_sizes
+from ourvidz_sdxl.parallel.ranks import DrawingRanks, ranks_of
 from ourvidz_sdxl.pictures import Picture
-from ourvidz_sdxl.pipeline import DrawnImages, ImageRequest, ReferencePicture, SdxlPipeline, load_pipeline
+from ourvidz_sdxl.pipeline import DrawnImages, ImageRequest, ReferencePicture, SdxlPipeline
 from ourvidz_sdxl.references import Samplings, fit_reference
 from ourvidz_sdxl.settings import SdxlSettings, UnknownVariant
-from ourvidz_sdxl.variants import SdxlVariant
+from ourvidz_sdxl.warm import warm_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +53,10 @@ def generate_images(job: Job, context: JobContext) -> Generation:
     """Draw the job's images; they are written down while the device draws others."""
     settings = context.settings(SdxlSettings)
     model_path = choose_model(settings, job.model_variant)
-    model = _warm(context, settings, model_path)
     config: SdxlConfig = job.config
+    parts = deal(config.num_images, settings.gpus)
+    warm = _WarmModel.of(context, settings, model_path, gpus=len(parts))
+    model = warm.model
     width, height = model.variant.size_for(config.width, config.height)
     prompt = job.enhanced_prompt or job.prompt
     negative = fit_terms(negative_terms(job.negative_prompt, prompt), model.prompts.count_tokens)
@@ -67,12 +72,15 @@ def generate_images(job: Job, context: JobContext) -> Generation:
         reference=_reference(job, width, height),
     )
 
-    def on_step(step: int, total: int, latents: Tensor) -> None:
-        context.progress(step, total, stage="denoise")
-        context.preview(lambda: model.sketch(latents))
-
-    drawn = model.draw(request, sampling=Samplings(settings), on_step=on_step)
+    requests = [evolve(request, seeds=request.seeds[part.start : part.stop]) for part in parts]
+    drawn = warm.draw(
+        requests,
+        progress=partial(context.progress, stage="denoise"),
+        show=lambda latents: context.preview(lambda: model.sketch(latents)),
+    )
     facts = _facts(job, request=request, drawn=drawn, negative=negative, model=model, model_path=model_path)
+    if settings.gpus > 1:
+        facts["gpus"] = len(parts)
     paths = [context.output_path("png") for _ in drawn.pictures]
     write = partial(_write, job=job, request=request, facts=facts)
 
@@ -86,15 +94,18 @@ def generate_images(job: Job, context: JobContext) -> Generation:
 def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
     """Load the model that jobs get which name none, and draw one step in each size of the presets.
 
-    Where it is compiled, in each number of images that a job may have, so that no job waits for a compiler.
+    Where it is compiled, in each number of images that a GPU may have of a job, so that no job waits for a compiler.
+    Where several GPUs share a job's images, all of them do so.
     """
     settings = context.settings(SdxlSettings)
     logger.info("loading the model")
-    model = _warm(context, settings, choose_model(settings, None))
+    model_path = choose_model(settings, None)
+    warm = _WarmModel.of(context, settings, model_path, gpus=settings.gpus)
+    model = warm.model
     presets: list[SdxlConfig] = [job_type.preset for job_type in job_types]
     sizes = sorted({model.variant.size_for(preset.width, preset.height) for preset in presets})
     # The largest first: the compiler fits its kernels to what it sees first.
-    counts = sorted(IMAGE_COUNTS, reverse=True) if model.may_be_compiled else (1,)
+    counts = part_sizes(IMAGE_COUNTS, settings.gpus) if model.may_be_compiled else (1,)
     for (width, height), count in product(sizes, counts):
         began, before = time.monotonic(), compiled_so_far()
         logger.info("drawing a step of %d at %dx%d", count, width, height)
@@ -108,9 +119,7 @@ def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
             guidance_scale=presets[0].guidance_scale,
             solver=presets[0].sample_solver,
         )
-        drawn = model.draw(
-            request, sampling=Samplings(settings), on_step=lambda step, total, _latents: context.progress(step, total)
-        )
+        drawn = warm.draw([request] * settings.gpus, progress=context.progress)
         for picture in drawn.pictures:
             picture.image()
         compiled = compiled_so_far()
@@ -120,7 +129,7 @@ def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
             compiled.functions - before.functions,
             compiled.seconds - before.seconds,
         )
-    model.settle()
+    warm.settle()
 
 
 def choose_model(settings: SdxlSettings, model_variant: str | None) -> Path:
@@ -144,22 +153,47 @@ def choose_model(settings: SdxlSettings, model_variant: str | None) -> Path:
     return find_model(settings.model, "sdxl")
 
 
-def _warm(context: JobContext, settings: SdxlSettings, path: Path) -> SdxlPipeline:
-    def load() -> SdxlPipeline:
-        variant = read_variant(path, SdxlVariant)
-        return load_pipeline(path, device=context.device, variant=variant, config_dir=settings.config_dir)
+@frozen(kw_only=True)
+class _WarmModel:
+    """A model that is loaded on all GPUs that a job uses."""
 
-    key = f"sdxl:{path}"
-    model = context.models.get(
-        key, load, vram_gb=_size_gb(path), on_leave=lambda leaving, _part: leaving.forget_graphs()
-    )
-    model.residence = context.models.residence(key)
-    return model
+    model: SdxlPipeline
+    path: Path
+    settings: SdxlSettings
+    #: None where one GPU does all.
+    ranks: DrawingRanks | None
 
+    @classmethod
+    def of(cls, context: JobContext, settings: SdxlSettings, path: Path, *, gpus: int) -> Self:
+        ranks = ranks_of(settings.gpus, context.device) if gpus > 1 else None
+        if ranks is not None:
+            ranks.prepare(path)  # they load it while we do
+        model = warm_pipeline(context.models, path, settings, context.device)
+        return cls(model=model, path=path, settings=settings, ranks=ranks)
 
-def _size_gb(path: Path) -> float:
-    files = path.rglob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file()) / 2**30
+    def draw(
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        progress: Callable[[int, int], None],
+        show: Callable[[Tensor], None] = lambda latents: None,
+    ) -> DrawnImages:
+        """Each of ``requests`` on a GPU of its own."""
+
+        def on_step(step: int, total: int, latents: Tensor) -> None:
+            progress(step, total)
+            show(latents)
+
+        sampling = Samplings(self.settings)
+        if self.ranks is None:
+            (request,) = requests
+            return self.model.draw(request, sampling=sampling, on_step=on_step)
+        return self.ranks.draw(self.model, self.path, requests, sampling=sampling, on_step=on_step, progress=progress)
+
+    def settle(self) -> None:
+        self.model.settle()
+        if self.ranks is not None:
+            self.ranks.settle(self.path)
 
 
 def _reference(job: Job, width: int, height: int) -> ReferencePicture | None:

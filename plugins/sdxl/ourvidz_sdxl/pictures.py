@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from attrs import frozen
@@ -11,9 +11,20 @@ from PIL import Image
 from ourvidz_core.errors import GenerationError
 
 
-@frozen(kw_only=True)
-class Picture:
+class Picture(Protocol):
     """A picture that has been decoded, or soon will be. Any thread may ask for it."""
+
+    def image(self) -> Image.Image:
+        """The picture; waits until it has arrived.
+
+        :raises GenerationError: the model made no numbers.
+        """
+        ...
+
+
+@frozen(kw_only=True)
+class DevicePicture:
+    """A :class:`Picture` that comes from this process's device."""
 
     _pixels: torch.Tensor
     _is_finite: torch.Tensor
@@ -21,7 +32,7 @@ class Picture:
     _arrival: Any
 
     @classmethod
-    def send(cls, pixels: torch.Tensor, is_finite: torch.Tensor) -> Picture:
+    def send(cls, pixels: torch.Tensor, is_finite: torch.Tensor) -> DevicePicture:
         """Have ``pixels``, uint8 (height, width, 3), leave the device. ``is_finite``: whether their latents were."""
         if not pixels.is_cuda:
             return cls(pixels=pixels, is_finite=is_finite, arrival=None)
@@ -31,10 +42,7 @@ class Picture:
         return cls(pixels=sent[0], is_finite=sent[1], arrival=arrival)
 
     def image(self) -> Image.Image:
-        """The picture; waits until it has arrived.
-
-        :raises GenerationError: the model made no numbers.
-        """
+        """See :meth:`Picture.image`."""
         if self._arrival is not None:
             self._arrival.synchronize()
         if not bool(self._is_finite):

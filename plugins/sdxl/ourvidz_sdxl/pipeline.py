@@ -28,7 +28,7 @@ from ourvidz_core.errors import ModelUnavailable, OutOfMemory
 from ourvidz_core.plugins.residency import Residence, Work
 from ourvidz_sdxl.config import ReferenceType, Solver
 from ourvidz_sdxl.layout import CONFIG_DIR_VARIABLE, CONFIG_IN_WORDS, missing_config
-from ourvidz_sdxl.pictures import Picture
+from ourvidz_sdxl.pictures import DevicePicture, Picture
 from ourvidz_sdxl.schedulers import scheduler_for
 from ourvidz_sdxl.speed import FastDecoder, FastUnet, compiled_unet, fuse_projections
 from ourvidz_sdxl.text_encoding import Conditioning, PromptEncoder
@@ -262,7 +262,7 @@ class SdxlPipeline:
             pixels = self._unless_out_of_memory(partial(self.residence.run, decode, work=work))
             if pixels is None:
                 pixels = self._decode.plain(self._as_decoded(one))
-            pictures.append(Picture.send(pixels[0], is_finite))
+            pictures.append(DevicePicture.send(pixels[0], is_finite))
         return pictures
 
     def _sampled(

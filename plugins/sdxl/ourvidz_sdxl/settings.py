@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
-from attrs import frozen
+from attrs import frozen, validators
 from typed_settings.cls_attrs import option
 
 
@@ -38,6 +38,11 @@ class SdxlSettings:
     config_dir: Path | None = option(
         default=None,
         help="Directory of a checkpoint's configuration: the small files of SDXL's diffusers layout, without weights",
+    )
+    gpus: int = option(
+        default=1,
+        validator=validators.ge(1),
+        help="How many of the GPUs that a worker sees share the images of one job; see the guide on several GPUs",
     )
     ip_adapter_style: Path | None = option(
         default=None, help="IP-Adapter weights for style references (.safetensors); without them img2img is used"

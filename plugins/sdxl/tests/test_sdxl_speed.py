@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from ourvidz_sdxl.config import Solver
-from ourvidz_sdxl.pictures import Picture
+from ourvidz_sdxl.pictures import DevicePicture
 from ourvidz_sdxl.pipeline import DrawnImages, ImageRequest, SdxlPipeline, load_pipeline
 from ourvidz_sdxl.references import Samplings
 from ourvidz_sdxl.schedulers import scheduler_for
@@ -183,6 +183,6 @@ def test_a_unet_that_cannot_be_compiled_draws_and_says_so(plain: StableDiffusion
 
 
 def test_a_picture_that_is_no_number_is_found_when_it_is_asked_for() -> None:
-    picture = Picture.send(torch.zeros(8, 8, 3, dtype=torch.uint8), torch.tensor(False))
+    picture = DevicePicture.send(torch.zeros(8, 8, 3, dtype=torch.uint8), torch.tensor(False))
     with pytest.raises(GenerationError, match="not a number"):
         picture.image()
