@@ -47,6 +47,7 @@ MODELS = {
     "memory": ("wan", "sdxl", "qwen"),
     "service": ("sdxl",),
     "gpus": ("wan",),
+    "sdxl_gpus": ("sdxl",),
 }
 #: A process has this long to end its worker and itself.
 CLOSE_SECONDS = 20.0

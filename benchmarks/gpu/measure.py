@@ -38,6 +38,7 @@ def open_group(name: str, scale: Scale, models: Models, out: Path) -> Any:
         "memory": ("memory", "Memory"),
         "service": ("service", "Service"),
         "gpus": ("service", "SeveralGpus"),
+        "sdxl_gpus": ("service", "SharedImages"),
     }[name]
     return getattr(import_module(f"benchmarks.gpu.{module}"), made)(scale, models, out)
 
@@ -84,7 +85,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         models = Models(directory=given.models, is_small=scale.is_small)
-        out = given.out if given.group in ("service", "gpus") else Path(name)
+        out = given.out if given.group in ("service", "gpus", "sdxl_gpus") else Path(name)
         measure(lambda: open_group(given.group, scale, models, out), given.rows, say)
 
 

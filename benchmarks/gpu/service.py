@@ -128,9 +128,7 @@ class SeveralGpus:
 
     def measure(self, row: str) -> Measured:
         """How many times as fast."""
-        count = int(row.removeprefix("gpus"))
-        if not self._scale.is_small and len(gpus()) < count:
-            raise Skipped(f"this machine has {len(gpus())} GPUs")
+        count = _wanted_gpus(row, self._scale)
         if self._alone is None:
             self._alone = self._scale.alone_seconds or self._seconds(1)
         together = self._seconds(count)
@@ -146,10 +144,59 @@ class SeveralGpus:
             for done, steps in enumerate((WARM_STEPS, self._scale.steps), start=1):
                 worker.push("video_fast", config={"sample_steps": steps, "frame_num": self._scale.frames})
                 worker.wait_for(done, START_SECONDS)
-            used = worker.facts().get("gpus", 1)
-            if used != count:
-                raise RuntimeError(f"the job used {used} GPUs and not {count}")
+            worker.check_gpus(count)
             return worker.ended() - worker.began(1)
+
+
+class SharedImages:
+    """The same images on one GPU and on several, each by a worker of its own that has warmed up."""
+
+    def __init__(self, scale: Scale, models: Models, out: Path) -> None:
+        self._scale = scale
+        self._environ = {"OURVIDZ_SDXL_MODEL": str(models.sdxl()), "OURVIDZ_SDXL_UNKNOWN_VARIANT": "default"}
+        # Where the rows of one worker have compiled already.
+        self._directory = out / "service"
+
+    def measure(self, row: str) -> Measured:
+        """How many times as fast."""
+        count = _wanted_gpus(row, self._scale)
+        alone, together = self._seconds(1), self._seconds(count)
+        names = ("seconds", "generation_seconds", "start_seconds")
+        facts = {
+            f"{who}_{name}": value
+            for who, values in (("alone", alone), ("together", together))
+            for name, value in zip(names, values, strict=True)
+        }
+        return Measured(ours=alone[0] / together[0], facts=facts)
+
+    def _seconds(self, count: int) -> tuple[float, float, float]:
+        """The fastest warm job, from its start to its end; what of that was generation; and the worker's start."""
+        environ = {**self._environ, "OURVIDZ_SDXL_GPUS": str(count)}
+        config = {"num_images": self._scale.images, "num_inference_steps": self._scale.steps}
+        with RunningWorker.opened(self._directory, self._scale, "sdxl_queue", environ) as worker:
+            began = time.time()
+            worker.push("sdxl_image_high", config={"num_images": 1, "num_inference_steps": 2})
+            worker.start("--preload")
+            worker.wait_for(1, START_SECONDS)
+            started = worker.ended() - began
+            taken = []
+            for done in range(1, self._scale.repeats + 2):
+                worker.push("sdxl_image_high", config=config)
+                worker.wait_for(done + 1, START_SECONDS)
+                taken.append((worker.ended() - worker.began(done), float(worker.facts()["generation_time"])))
+            worker.check_gpus(count)
+            return *min(taken), started
+
+
+def _wanted_gpus(row: str, scale: Scale) -> int:
+    """How many GPUs a row is about.
+
+    :raises Skipped: there are not so many.
+    """
+    count = int(row.rpartition("gpus")[2])
+    if not scale.is_small and len(gpus()) < count:
+        raise Skipped(f"this machine has {len(gpus())} GPUs")
+    return count
 
 
 @define(kw_only=True)
@@ -259,6 +306,15 @@ class RunningWorker:
         """What the callback says of the job that ended last."""
         body, _ = max(self.outcomes().values(), key=lambda outcome: outcome[1])
         return dict(body["metadata"])
+
+    def check_gpus(self, count: int) -> None:
+        """See that the last job used ``count`` GPUs.
+
+        :raises RuntimeError: it did not.
+        """
+        used = self.facts().get("gpus", 1)
+        if used != count:
+            raise RuntimeError(f"the job used {used} GPUs and not {count}")
 
     def began(self, skipped: int) -> float:
         """When the first job after ``skipped`` others began, in seconds since the epoch."""
