@@ -25,7 +25,7 @@ from ourvidz_core.wire.jobs import Job
 from ourvidz_sdxl.config import IMAGE_COUNTS, SdxlConfig
 from ourvidz_sdxl.negative_prompts import NegativePrompt, fit_terms, negative_terms
 from ourvidz_sdxl.parallel.plan import deal, part_sizes
-from ourvidz_sdxl.parallel.ranks import DrawingRanks, ranks_of
+from ourvidz_sdxl.parallel.ranks import DrawingRanks, make_room, ranks_of
 from ourvidz_sdxl.pictures import Picture
 from ourvidz_sdxl.pipeline import DrawnImages, ImageRequest, ReferencePicture, SdxlPipeline
 from ourvidz_sdxl.references import Samplings, fit_reference
@@ -168,7 +168,7 @@ class _WarmModel:
         ranks = ranks_of(settings.gpus, context.device) if gpus > 1 else None
         if ranks is not None:
             ranks.prepare(path)  # they load it while we do
-        model = warm_pipeline(context.models, path, settings, context.device)
+        model = warm_pipeline(context.models, path, settings, context.device, on_leave=make_room)
         return cls(model=model, path=path, settings=settings, ranks=ranks)
 
     def draw(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ourvidz_core.engine.variants import read_variant
@@ -11,8 +12,15 @@ from ourvidz_sdxl.settings import SdxlSettings
 from ourvidz_sdxl.variants import SdxlVariant
 
 
-def warm_pipeline(models: Models, path: Path, settings: SdxlSettings, device: str) -> SdxlPipeline:
-    """The model at ``path`` on ``device``, loaded where it is not warm.
+def warm_pipeline(
+    models: Models,
+    path: Path,
+    settings: SdxlSettings,
+    device: str,
+    *,
+    on_leave: Callable[[], None] = lambda: None,
+) -> SdxlPipeline:
+    """The model at ``path`` on ``device``, loaded where it is not warm; ``on_leave`` is called when it has to leave.
 
     :raises ModelUnavailable: it cannot be loaded.
     """
@@ -21,8 +29,12 @@ def warm_pipeline(models: Models, path: Path, settings: SdxlSettings, device: st
         variant = read_variant(path, SdxlVariant)
         return load_pipeline(path, device=device, variant=variant, config_dir=settings.config_dir)
 
+    def leave(leaving: SdxlPipeline, _part: str) -> None:
+        leaving.forget_graphs()
+        on_leave()
+
     key = f"sdxl:{path}"
-    model = models.get(key, load, vram_gb=_size_gb(path), on_leave=lambda leaving, _part: leaving.forget_graphs())
+    model = models.get(key, load, vram_gb=_size_gb(path), on_leave=leave)
     model.residence = models.residence(key)
     return model
 

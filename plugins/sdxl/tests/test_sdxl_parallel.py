@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -152,6 +153,24 @@ def test_a_model_that_no_rank_can_load_is_the_jobs_error_and_not_the_ranks(
     a_job = job(config={"seed": 5, "num_images": 3, "num_inference_steps": 2})
     assert made(a_job, new_context(gpus=2)).facts["gpus"] == 2
     assert two.followers.is_well
+
+
+@pytest.mark.slow
+def test_what_leaves_the_first_gpu_for_another_job_leaves_the_others(
+    two: DrawingRanks, new_context: NewContext, tiny_model: Path, tmp_path: Path
+) -> None:
+    """On a processor weights have nowhere to wait, and are read again."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    a_job = job(config={"seed": 5, "num_images": 3, "num_inference_steps": 2})
+    kept, left = ModelCache(), ModelCache()
+    for models in (kept, left, kept):
+        made(a_job, new_context(models=models, model=model, gpus=2))
+    shutil.rmtree(model)
+    made(a_job, new_context(models=kept, model=model, gpus=2))
+    left.clear()
+    with pytest.raises(ModelUnavailable, match=rf"rank 1 .*: there is no SDXL model at {model}"):
+        made(a_job, new_context(models=kept, model=model, gpus=2))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, StableDiffusionXLPipeline
 from ourvidz_sdxl.edges import edge_map
+from ourvidz_sdxl.parallel import ranks
 from ourvidz_sdxl.references import fit_reference, steps_for_strength
 from ourvidz_sdxl.speed import fuse_projections
 from PIL import Image, ImageDraw
@@ -22,6 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.pictures import read_facts
 from ourvidz_core.errors import ModelUnavailable
+from ourvidz_core.settings import variable_of
 from ourvidz_core.testing.doubles import RecordingContext
 from ourvidz_core.wire.jobs import Job
 
@@ -333,3 +335,40 @@ def test_edges_are_lines_along_an_outline() -> None:
 
 def test_picture_without_edges_has_an_empty_edge_map() -> None:
     assert not np.asarray(edge_map(Image.new("RGB", (16, 8), "red"))).any()
+
+
+@pytest.mark.slow
+def test_weights_of_references_act_on_all_gpus_that_share_a_job(
+    new_context: NewContext,
+    monkeypatch: pytest.MonkeyPatch,
+    reference_png: Path,
+    ip_adapter: Path,
+    image_encoder: Path,
+    controlnet: Path,
+) -> None:
+    settings = {
+        "ip_adapter_style": ip_adapter,
+        "ip_adapter_face": ip_adapter,
+        "ip_adapter_image_encoder": image_encoder,
+        "controlnet": controlnet,
+    }
+    for name, value in settings.items():  # other ranks read them from there
+        monkeypatch.setenv(variable_of(name, "sdxl"), str(value))
+    monkeypatch.setattr(ranks, "_ranks", shared := ranks.DrawingRanks(2, "cpu"))
+    try:
+        for reference_type in TYPES:
+            asked = in_few_steps(
+                reference_png,
+                num_images=3,
+                reference_type=reference_type,
+                reference_strength=0.8,
+                num_inference_steps=3,
+            )
+            alone = made(asked, new_context(**settings))
+            together = made(asked, new_context(**settings, gpus=2))
+            assert together.facts["gpus"] == 2
+            assert together.facts["reference_method"] == alone.facts["reference_method"] != "img2img"
+            for one, other in zip(together.artifacts, alone.artifacts, strict=True):
+                assert np.abs(pixels(one) - pixels(other)).max() <= 1
+    finally:
+        shared.close()

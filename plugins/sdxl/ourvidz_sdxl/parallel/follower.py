@@ -47,6 +47,9 @@ def draw_for_others(follower: Follower) -> None:
                 _draw(follower, message, warm, ours)
             case "settle":
                 warm(message["model"]).settle()
+            case "make room":
+                models.free_others()
+                models.release()
             case "stop":
                 pass  # it came after the end
             case "leave":

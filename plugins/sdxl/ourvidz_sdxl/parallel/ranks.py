@@ -65,6 +65,8 @@ class DrawingRanks:
         self._numbers = itertools.count()
         #: By rank and job, until their pictures are here.
         self._parts: dict[tuple[int, int], _Part] = {}
+        #: A job is about to be dealt out, or is.
+        self._is_at_work = False
         self.followers = Followers(
             "ourvidz_sdxl.parallel.follower",
             devices_of(gpus, device, variable=GPUS_VARIABLE),
@@ -75,7 +77,13 @@ class DrawingRanks:
 
     def prepare(self, path: Path) -> None:
         """Have all ranks load the model at ``path``, while this process does so itself."""
+        self._is_at_work = True
         self.followers.tell_all(kind="load", model=str(path))
+
+    def make_room(self) -> None:
+        """Have the weights leave the GPUs of all other ranks, unless it is for a job of theirs: they see to that."""
+        if not self._is_at_work:
+            self.followers.tell_all(kind="make room")
 
     def settle(self, path: Path) -> None:
         """See :meth:`SdxlPipeline.settle`, on all other ranks."""
@@ -124,6 +132,8 @@ class DrawingRanks:
             if not self.followers.is_well:
                 self.close()
             raise
+        finally:
+            self._is_at_work = False
         return self._joined(own, requests, parts)
 
     def await_arrival(self, part: _Part) -> list[Image]:
@@ -207,6 +217,12 @@ class _ComingPicture:
 
 
 _ranks: DrawingRanks | None = None
+
+
+def make_room() -> None:
+    """Another job needs the first GPU's memory; it may need that of the others, too."""
+    if _ranks is not None and not _ranks.followers.is_closed:
+        _ranks.make_room()
 
 
 def ranks_of(gpus: int, device: str) -> DrawingRanks:
