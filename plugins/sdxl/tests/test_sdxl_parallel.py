@@ -80,7 +80,7 @@ def environment(tiny_model: Path) -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def two(environment: pytest.MonkeyPatch) -> Iterator[DrawingRanks]:
-    """Two ranks, warm for all tests of this file; another number ends them."""
+    """Two ranks, warm for all tests of this file."""
     yield ranks_of(2, "cpu")
     assert ranks._ranks is not None
     ranks._ranks.close()
@@ -95,9 +95,9 @@ def assert_same_files(one: Generation, other: Generation) -> None:
 
 def test_images_of_two_gpus_are_those_of_one_in_their_order(two: DrawingRanks, new_context: NewContext) -> None:
     a_job = job(config={"seed": 20, "num_images": 3, "num_inference_steps": 3})
+    alone = made(a_job, new_context())
     context = new_context(gpus=2)
     shared = made(a_job, context)
-    alone = made(a_job, new_context())
     assert_same_files(shared, alone)
     assert (shared.facts["gpus"], shared.facts["batch_sizes"]) == (2, [2, 1])
     assert "gpus" not in alone.facts
@@ -108,7 +108,11 @@ def test_images_of_two_gpus_are_those_of_one_in_their_order(two: DrawingRanks, n
     assert np.array_equal(pixels(shared.artifacts[2]), pixels(third.artifacts[0]))
 
 
-@pytest.mark.parametrize("error", [JobCancelled("somebody asked for it"), JobTimeout("it was too late")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [JobCancelled("asked for"), pytest.param(JobTimeout("too late"), marks=pytest.mark.slow)],
+    ids=["cancelled", "too late"],
+)
 def test_a_job_that_stops_in_between_leaves_the_ranks_ready(
     two: DrawingRanks, new_context: NewContext, error: Exception
 ) -> None:
@@ -293,10 +297,10 @@ def test_two_real_gpus_make_the_images_of_one(
     assert (shared.facts["gpus"], shared.facts["batch_sizes"]) == (2, [3, 3])
     alone = [artifact for half in halves for artifact in half.artifacts]
     for ours, repeated, theirs in zip(shared.artifacts, again.artifacts, alone, strict=True):
-        difference = np.abs(pixels(ours) - pixels(theirs))
-        print(f"seed {ours.seed}: {np.mean(difference == 0):.4f} of the values equal, at most {difference.max()} apart")
-        assert np.mean(difference <= 1) >= 0.99
-        assert np.array_equal(pixels(ours), pixels(repeated))
+        for what, other in (("one GPU's", theirs), ("its own again", repeated)):
+            difference = np.abs(pixels(ours) - pixels(other))
+            print(f"seed {ours.seed}, {what}: {np.mean(difference == 0):.4f} equal, at most {difference.max()} apart")
+            assert np.mean(difference <= 1) >= 0.99
 
 
 def _ranks_of(engine: EngineProcess) -> list[psutil.Process]:

@@ -1,0 +1,34 @@
+"""A rank that does as it is told, for the tests of what starts ranks and watches them."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ourvidz_core.engine.follower import Follower, follow
+from ourvidz_core.errors import ModelUnavailable
+
+
+def obey(follower: Follower) -> None:
+    """Answer, fail or end."""
+    start = follower.take()
+    while True:
+        message = follower.take()
+        match message["kind"]:
+            case "echo":
+                seen = {"visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "key": os.environ.get("OURVIDZ_ACME_KEY")}
+                follower.say(kind="echo", blobs=message.get("blobs", []), start=start, **seen)
+            case "load":
+                raise ModelUnavailable("there is no such model")
+            case "allocate":
+                raise MemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            case "stumble":
+                raise RuntimeError("CUDA error: misaligned address")
+            case "end":
+                os._exit(3)
+            case "leave":
+                return
+
+
+if __name__ == "__main__":
+    follow(int(sys.argv[1]), obey)

@@ -1,0 +1,96 @@
+"""Processes beside the engine: what they hear and see, and what becomes of a job when one of them is gone."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from ourvidz_core.engine.ranks import Followers
+from ourvidz_core.errors import EngineUnusable, JobError, ModelUnavailable, OutOfMemory
+
+Start = Callable[..., Followers]
+SECONDS = 20.0
+
+
+@pytest.fixture
+def heard() -> list[tuple[int, dict[str, Any]]]:
+    """What ranks answered, by rank."""
+    return []
+
+
+@pytest.fixture
+def start(heard: list[tuple[int, dict[str, Any]]]) -> Iterator[Start]:
+    started: list[Followers] = []
+
+    def make(*devices: str, **options: Any) -> Followers:
+        made = Followers(
+            "tests.engine.rank", devices, on_answer=lambda rank, message: heard.append((rank, message)), **options
+        )
+        started.append(made)
+        return made
+
+    yield make
+    for followers in started:
+        followers.close()
+
+
+def test_ranks_answer_with_the_bytes_that_came_along_and_leave_when_told(
+    start: Start, heard: list[tuple[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    monkeypatch.setenv("OURVIDZ_ACME_KEY", "a plugin's")
+    followers = start("cuda:1", "cuda:0", "cuda:2", is_alone=True)
+    pixels = bytes(range(256)) * 8192
+    followers.tell_all(kind="echo", blobs=[pixels, b""])
+    assert followers.wait_until(lambda: len(heard) == 2, SECONDS)
+    for (rank, message), visible in zip(sorted(heard, key=lambda answer: answer[0]), ("4", "6"), strict=True):
+        assert message["blobs"] == [pixels, b""]
+        # Each sees its own GPU as the first, and no key of a plugin's.
+        assert (message["visible"], message["key"]) == (visible, None)
+        assert (message["start"]["rank"], message["start"]["ranks"], message["start"]["device"]) == (rank, 3, "cuda")
+    followers.close()
+    assert not any(map(psutil.pid_exists, followers.pids))
+    with pytest.raises(EngineUnusable, match="were ended"):
+        followers.wait_until(lambda: False, SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "said"),
+    [
+        ("load", ModelUnavailable, "failed: ModelUnavailable: there is no such model"),
+        ("allocate", OutOfMemory, "failed: MemoryError: CUDA out of memory"),
+        ("stumble", EngineUnusable, "failed: RuntimeError: CUDA error: misaligned address"),
+        ("end", EngineUnusable, "died: exit status 3"),
+    ],
+)
+def test_what_ails_one_rank_is_the_jobs_error_and_names_it(
+    start: Start, asked: str, error: type[JobError], said: str
+) -> None:
+    lost: queue.SimpleQueue[JobError] = queue.SimpleQueue()
+    followers = start("cpu", "cpu", on_lost=lost.put)
+    followers.tell(1, kind=asked)
+    with pytest.raises(error) as raised:
+        followers.wait_until(lambda: False, SECONDS)
+    assert f"rank 1 (cpu, process {followers.pids[0]}) {said}" in raised.value.message
+    with pytest.raises(error):
+        followers.check()
+    assert lost.get(timeout=SECONDS) is raised.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "said"), [(signal.SIGKILL, "died: signal SIGKILL"), (signal.SIGSTOP, "has not answered for 2 s")]
+)
+def test_a_rank_that_is_killed_or_stopped_is_named_and_nobody_is_left(start: Start, sent: int, said: str) -> None:
+    followers = start("cpu", "cpu", "cpu", silent_seconds=2.0)
+    os.kill(followers.pids[1], sent)
+    with pytest.raises(EngineUnusable, match=rf"rank 2 \(cpu, process {followers.pids[1]}\) {said}"):
+        followers.wait_until(lambda: False, SECONDS)
+    followers.close()
+    assert not any(map(psutil.pid_exists, followers.pids))
