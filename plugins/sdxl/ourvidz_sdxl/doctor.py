@@ -28,7 +28,7 @@ def sdxl_checks(settings: ReadSettings) -> Iterable[Check]:
         Check(
             name="GPUs of ourvidz-sdxl",
             run=lambda: gpu_findings(settings(SdxlSettings), measure_gpus),
-            timeout_seconds=90.0,
+            timeout_seconds=70.0,
         ),
         Check(
             name="models of ourvidz-sdxl (checksums)",

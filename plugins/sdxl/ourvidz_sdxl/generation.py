@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -166,9 +167,8 @@ class _WarmModel:
     @classmethod
     def of(cls, context: JobContext, settings: SdxlSettings, path: Path, *, gpus: int) -> Self:
         ranks = ranks_of(settings.gpus, context.device) if gpus > 1 else None
-        if ranks is not None:
-            ranks.prepare(path)  # they load it while we do
-        model = warm_pipeline(context.models, path, settings, context.device, on_leave=make_room)
+        with ranks.loading(path) if ranks is not None else nullcontext():
+            model = warm_pipeline(context.models, path, settings, context.device, on_leave=make_room)
         return cls(model=model, path=path, settings=settings, ranks=ranks)
 
     def draw(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from attrs import define, evolve, field, frozen
@@ -65,7 +66,7 @@ class DrawingRanks:
         self._numbers = itertools.count()
         #: By rank and job, until their pictures are here.
         self._parts: dict[tuple[int, int], _Part] = {}
-        #: A job is about to be dealt out, or is.
+        #: Whatever leaves this process's GPU now leaves it for a job that all ranks have.
         self._is_at_work = False
         self.followers = Followers(
             "ourvidz_sdxl.parallel.follower",
@@ -75,10 +76,12 @@ class DrawingRanks:
             is_alone=True,
         )
 
-    def prepare(self, path: Path) -> None:
-        """Have all ranks load the model at ``path``, while this process does so itself."""
-        self._is_at_work = True
+    @contextmanager
+    def loading(self, path: Path) -> Iterator[None]:
+        """Have all other ranks load the model at ``path``, while this process does so within the block."""
         self.followers.tell_all(kind="load", model=str(path))
+        with self._at_work():
+            yield
 
     def make_room(self) -> None:
         """Have the weights leave the GPUs of all other ranks, unless it is for a job of theirs: they see to that."""
@@ -120,7 +123,8 @@ class DrawingRanks:
             self._await_stopped(lambda: progress(*last))
             for rank, request in enumerate(requests[1:], start=1):
                 parts.append(self._begin(rank, number, path, request))
-            own = model.draw(requests[0], sampling=sampling, on_step=after_step)
+            with self._at_work():
+                own = model.draw(requests[0], sampling=sampling, on_step=after_step)
             while not self.followers.wait_until(lambda: all(part.is_answered for part in parts), _POLL_SECONDS):
                 progress(*last)
                 self._raise_if_broken(parts)
@@ -132,8 +136,6 @@ class DrawingRanks:
             if not self.followers.is_well:
                 self.close()
             raise
-        finally:
-            self._is_at_work = False
         return self._joined(own, requests, parts)
 
     def await_arrival(self, part: _Part) -> list[Image]:
@@ -151,6 +153,14 @@ class DrawingRanks:
     def close(self) -> None:
         """End the other ranks."""
         self.followers.close()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self._is_at_work = True
+        try:
+            yield
+        finally:
+            self._is_at_work = False
 
     def _begin(self, rank: int, number: int, path: Path, request: ImageRequest) -> _Part:
         part = self._parts[rank, number] = _Part(rank)
