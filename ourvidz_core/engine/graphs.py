@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -20,6 +21,12 @@ logger = logging.getLogger(__name__)
 _WARM_UPS = 2
 #: A model's weights are moved together, and each look costs a fraction of a microsecond.
 _WATCHED_WEIGHTS = 8
+#: Graphs whose capture broke. torch's allocator of pinned memory may go on asking them which stream was theirs.
+_broken: list[torch.cuda.CUDAGraph] = []
+
+
+class _Refused(Exception):
+    """The device does not let a function be captured."""
 
 
 @frozen(kw_only=True)
@@ -61,7 +68,9 @@ class GraphedCall:
         self._capacity = capacity
         self._clones = clones
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        #: What could not be captured, for lack of memory perhaps, and what never will be.
         self._plain: set[Hashable] = set()
+        self._refused: set[Hashable] = set()
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -76,22 +85,21 @@ class GraphedCall:
         leaves, tree = tree_flatten((arguments, options))
         device = _common_device(leaves)
         signature = _signature(leaves, tree)
-        if device is None or signature is None or signature in self._plain:
+        if device is None or signature is None or signature in self._plain or signature in self._refused:
             return self.function(*arguments, **options)
         if (places := self._find_places()) != self._places:
             self.forget()
             self._places = places
         if signature not in self._graphs:
-            capture = self._capture_or_none(leaves, lambda given: tree_unflatten(given, tree), device)
+            capture = self._capture_or_none(signature, leaves, lambda given: tree_unflatten(given, tree), device)
             if capture is None:
-                self._plain.add(signature)
                 return self.function(*arguments, **options)
             self._graphs[signature] = capture
         self._graphs.move_to_end(signature)
         return self._replayed(self._graphs[signature], _tensors(leaves))
 
     def forget(self) -> None:
-        """Drop all graphs and free their memory; what could not be captured may be tried again."""
+        """Drop all graphs and free their memory; what may have lacked memory is captured when it is next called."""
         import torch
 
         had_graphs = bool(self._graphs)
@@ -116,25 +124,25 @@ class GraphedCall:
         return tree_map_only(torch.Tensor, torch.clone, graph.outputs) if self._clones else graph.outputs
 
     def _capture_or_none(
-        self, leaves: list[Any], unflatten: Callable[[list[Any]], Any], device: torch.device
+        self, signature: Hashable, leaves: list[Any], unflatten: Callable[[list[Any]], Any], device: torch.device
     ) -> _Graph | None:
         import torch
 
         while len(self._graphs) >= self._capacity:
             torch.cuda.synchronize(device)
             self._graphs.popitem(last=False)
-        stream = torch.cuda.current_stream(device)
         try:
             with torch.cuda.device(device):
                 return self._capture(leaves, unflatten, device)
-        except Exception as error:  # whatever the device says against a capture, the function itself may do
-            # A capture that breaks leaves its own stream in place.
-            torch.cuda.set_stream(stream)
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+        except _Refused as error:
+            self._refused.add(signature)
+            self._pool = None  # where a capture broke, none may begin
+            reason = _first_line(error)
+        except Exception as error:  # whatever else stands against a capture, the function itself may do
+            self._plain.add(signature)
+            reason = _first_line(error)
         # Only here has the exception let go of the tensors in its frames.
-        logger.warning("%s runs without a CUDA graph, and slower: %s", self._name, reason[0])
-        if not self._graphs:
-            self._pool = None
+        logger.warning("%s runs without a CUDA graph, and slower: %s", self._name, reason)
         release_memory()
         return None
 
@@ -154,12 +162,79 @@ class GraphedCall:
             for _ in range(_WARM_UPS):
                 self.function(*arguments, **options)
         torch.cuda.current_stream(device).wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Threads beside this one write the last job's files, and may wait for the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        inputs = tuple(_tensors(given))
+        with _recorded(self._pool, self._stream, device, any_tensor=inputs[0]) as graph:
             outputs = self.function(*arguments, **options)
         _refuse_what_cannot_be_seen_into(outputs)
-        return _Graph(replay=graph.replay, inputs=tuple(_tensors(given)), outputs=outputs)
+        return _Graph(replay=graph.replay, inputs=inputs, outputs=outputs)
+
+
+@contextlib.contextmanager
+def _recorded(
+    pool: Any, stream: torch.cuda.Stream, device: torch.device, *, any_tensor: torch.Tensor
+) -> Iterator[torch.cuda.CUDAGraph]:
+    """The graph of what is launched inside.
+
+    :raises _Refused: the capture broke, and nothing of it is left.
+    """
+    import torch
+
+    caller = torch.cuda.current_stream(device)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with _capturing(graph, stream, pool):
+            yield graph
+    except Exception as error:
+        # A capture that breaks leaves its own stream in place.
+        torch.cuda.set_stream(caller)
+        if _has_ended(graph):
+            raise
+        _end_broken(graph, pool, stream, device, any_tensor)
+        raise _Refused(str(error)) from error
+
+
+def _capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> torch.cuda.graph:
+    import torch
+
+    # Threads beside this one write the last job's files, and may wait for the device meanwhile.
+    return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+
+
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _end_broken(
+    graph: torch.cuda.CUDAGraph,
+    pool: Any,
+    stream: torch.cuda.Stream,
+    device: torch.device,
+    any_tensor: torch.Tensor,
+) -> None:
+    """End what torch takes for a capture that goes on, where the device has given it up.
+
+    Without it no random number could be drawn on the device any more, and ``empty_cache`` would give nothing back.
+    """
+    import torch
+
+    # torch 2.12 and later have ended this, and keep the pool: https://github.com/pytorch/pytorch/pull/190308
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    # The generator hears that nothing is captured any longer from a capture that ends well, and from nothing else.
+    # A new state would do for it, and not for the graphs that were recorded with the old one.
+    with _capturing(torch.cuda.CUDAGraph(), stream):
+        any_tensor.zero_()  # is recorded and not done
+    graph.reset()
+    _broken.append(graph)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _refuse_what_cannot_be_seen_into(outputs: Any) -> None:

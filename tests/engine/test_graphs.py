@@ -40,6 +40,12 @@ def test_without_a_gpu_nothing_is_waited_for():
         pacer.step()
 
 
+def noisy(tensor: torch.Tensor, *, is_read: bool = False) -> torch.Tensor:
+    """What a graph cannot have in it where it ``is_read``: the host waits for a value."""
+    noise = tensor + torch.rand_like(tensor)
+    return noise * float(noise.sum()) if is_read else noise
+
+
 @pytest.mark.gpu
 class TestOnTheGpu:
     def test_a_replay_sees_the_new_values_of_each_shape(self):
@@ -80,16 +86,51 @@ class TestOnTheGpu:
             assert torch.equal(graphed(given), -given)
 
     def test_what_cannot_be_captured_runs_as_it_is_with_one_warning(self, caplog: pytest.LogCaptureFixture):
-        def reads_back(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor * float(tensor.sum())
-
-        graphed = GraphedCall(reads_back)
+        graphed = GraphedCall(lambda tensor: tensor * float(tensor.sum()))
         with torch.no_grad(), caplog.at_level(logging.WARNING):
             for _ in range(3):
                 given = torch.randn(4, device="cuda")
                 assert torch.equal(graphed(given), given * float(given.sum()))
+                graphed.forget()
         assert len(graphed) == 0
         assert caplog.text.count("without a CUDA graph") == 1
+
+    def test_after_a_broken_capture_the_seed_gives_its_numbers_and_memory_is_given_back(self):
+        torch.manual_seed(7)
+        expected = torch.stack([torch.rand(4, device="cuda") for _ in range(3)])
+        stream = torch.cuda.current_stream()
+
+        torch.manual_seed(7)
+        drawn = [torch.rand(4, device="cuda")]
+        with torch.no_grad():
+            GraphedCall(lambda tensor: tensor * float(tensor.sum()))(drawn[0])
+        drawn += [torch.rand(4, device="cuda") for _ in range(2)]
+
+        assert torch.equal(torch.stack(drawn), expected)
+        assert torch.cuda.current_stream() == stream
+        assert not torch.cuda.is_current_stream_capturing()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        large = torch.empty(2**26, dtype=torch.uint8, device="cuda")
+        assert torch.cuda.memory_reserved() > before
+        del large
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() <= before
+
+    def test_graphs_from_before_and_after_a_broken_capture_draw_the_numbers_of_the_seed(self):
+        graphed = GraphedCall(noisy, clones=True)
+        shorter, longer = torch.ones(4, device="cuda"), torch.ones(5, device="cuda")
+        with torch.no_grad():
+            graphed(shorter)
+            graphed(shorter, is_read=True)
+            graphed(longer)
+            assert len(graphed) == 2
+            for given in (shorter, longer):
+                torch.manual_seed(3)
+                expected = [noisy(given) for _ in range(2)]
+                torch.manual_seed(3)
+                assert torch.equal(graphed(given), expected[0])
+                assert torch.equal(graphed(given), expected[1])
 
     def test_weights_that_have_moved_are_found_where_they_are(self):
         linear = torch.nn.Linear(4, 4, device="cuda")
