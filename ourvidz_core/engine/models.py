@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -52,8 +53,12 @@ class Traffic:
     to_host: int = 0
     #: Less than what left, where a copy was kept.
     to_host_bytes: int = 0
+    #: Of these what went to memory that could be pinned, and the time it took with the pinning.
+    pinned_bytes: int = 0
+    to_host_seconds: float = 0.0
     to_device: int = 0
     to_device_bytes: int = 0
+    to_device_seconds: float = 0.0
     #: Operations that ran out of memory and were called again with the device to themselves.
     retries: int = 0
 
@@ -325,7 +330,9 @@ class ModelCache:
         weights = part.weights
         if weights is None:
             return
+        started = time.monotonic()
         self.traffic.to_device_bytes += self._copied_in(weights)
+        self.traffic.to_device_seconds += time.monotonic() - started
         self.traffic.to_device += 1
 
     def _copied_in(self, weights: Weights) -> int:
@@ -379,7 +386,11 @@ class ModelCache:
             self._drop_for_room(part.model)
         elif part.weights is not None:
             _tell(self._warm[part.model], part)
-            self.traffic.to_host_bytes += part.weights.to_host()
+            started = time.monotonic()
+            copied = part.weights.to_host()
+            self.traffic.to_host_seconds += time.monotonic() - started
+            self.traffic.to_host_bytes += copied
+            self.traffic.pinned_bytes += copied if part.weights.is_pinned else 0
             self.traffic.to_host += 1
             self._memory.trim()
 

@@ -73,6 +73,11 @@ class Weights:
             return self._copy.bytes
         return 0 if self.is_on_device else self.size_bytes
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the copy in main memory is pinned; False where there is none."""
+        return self._copy is not None and self._copy.is_pinned
+
     def to_device(self) -> int:
         """Bring the weights to the device, and say how many bytes were copied.
 
@@ -124,7 +129,7 @@ class Weights:
         # A plugin may have fused or added some since.
         self.size_bytes = sum(one.bytes for one in shared)
         seconds = time.monotonic() - started
-        where = "on the device" if is_on_device else "in main memory"
+        where = "on the device" if is_on_device else "in pinned main memory" if self.is_pinned else "in main memory"
         logger.debug("%.2f GiB of weights are %s after %.2f s", self.size_bytes / GIB, where, seconds)
 
     def _shared(self) -> Iterator[_Shared]:
@@ -151,8 +156,7 @@ class _HostCopy:
             offsets.append(self.bytes)
             self.bytes += -(-one.bytes // _ALIGNMENT) * _ALIGNMENT
         block = _whole_pages(self.bytes)
-        if is_pinned:
-            _pin(self, block)
+        self.is_pinned = is_pinned and _pin(self, block)
         self.tensors = [_placed(block, offset, one.first) for offset, one in zip(offsets, shared, strict=True)]
 
 
@@ -235,15 +239,18 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _whole_pages(size_bytes: int) -> torch.Tensor:
-    """A block of main memory that shares no page with another: a page can be pinned once only."""
+    """A block of main memory that shares no page with another: a page can be pinned once only.
+
+    Its storage begins where it does, because there torch looks when it is asked whether a tensor is pinned.
+    """
     import torch
 
-    block = torch.empty(size_bytes + 2 * mmap.PAGESIZE, dtype=torch.uint8)
-    start = -block.data_ptr() % mmap.PAGESIZE
-    return block[start : start + -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE]
+    pages = max(1, -(-size_bytes // mmap.PAGESIZE))
+    return torch.frombuffer(mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)
 
 
-def _pin(copy: _HostCopy, block: torch.Tensor) -> None:
+def _pin(copy: _HostCopy, block: torch.Tensor) -> bool:
+    """Whether the operating system lets ``block`` be pinned."""
     import torch
 
     cudart: Any = torch.cuda.cudart()
@@ -253,9 +260,10 @@ def _pin(copy: _HostCopy, block: torch.Tensor) -> None:
         logger.warning("%.1f GiB of main memory could not be pinned (CUDA error %d)", block.numel() / GIB, status)
         with contextlib.suppress(RuntimeError):  # the next kernel is blamed for the error, and with that it is gone
             torch.zeros(1, device="cuda").add_(1)
-        return
+        return False
     # The block is an argument, so that its memory is not given back before it is unpinned.
     weakref.finalize(copy, _unpin, block).atexit = False
+    return True
 
 
 def _unpin(block: torch.Tensor) -> None:

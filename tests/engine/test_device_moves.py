@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import zlib
 from collections.abc import Iterator
 from functools import partial
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from ourvidz_core.engine.device_memory import GIB
 from ourvidz_core.engine.graphs import GraphedCall
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.weights import Weights
@@ -63,16 +65,21 @@ def weights(net: Net) -> Weights:
 
 
 @contextlib.contextmanager
-def capped(beyond_bytes: int) -> Iterator[None]:
-    """torch's allocator may take so much more than what is in use."""
+def capped(beyond_bytes: int) -> Iterator[ModelCache]:
+    """torch's allocator may take so much more than what is in use, and so may the models of a cache."""
     torch.cuda.synchronize()
+    gc.collect()
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + beyond_bytes) / total)
+    cap = torch.cuda.memory_reserved() + beyond_bytes
+    torch.cuda.set_per_process_memory_fraction(cap / total)
+    cache = ModelCache(cap / GIB)
     try:
-        yield
+        yield cache
+        assert torch.cuda.memory_reserved() <= cap
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        cache.clear()
 
 
 def tensors(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -84,14 +91,18 @@ def filled(mib: int, value: float) -> torch.Tensor:
     return torch.full((mib * MIB // 4,), value, device="cuda")
 
 
-def test_weights_come_back_from_pinned_memory_as_they_were(net: Net, weights: Weights) -> None:
+def test_weights_come_back_from_pinned_memory_as_they_were(
+    net: Net, weights: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
     before = {name: tensor.clone() for name, tensor in tensors(net).items()}
     strides = {name: tensor.stride() for name, tensor in tensors(net).items() if name != "table"}
 
     for _ in range(2):
         weights.to_host()
         assert {tensor.device.type for tensor in tensors(net).values()} == {"cpu"}
-        assert all(tensor.is_pinned() for tensor in tensors(net).values())
+        assert {tensor.is_pinned() for tensor in tensors(net).values()} == {weights.is_pinned}
+        # A container may forbid it, which has to be said.
+        assert weights.is_pinned or "could not be pinned (CUDA error" in caplog.text
         assert all(torch.equal(tensor, before[name].cpu()) for name, tensor in tensors(net).items())
         nan = filled(8, float("nan"))
         weights.to_device()
@@ -148,62 +159,52 @@ def test_a_graph_is_recorded_anew_where_the_weights_lie_now(net: Net, weights: W
 
 
 def test_models_take_turns_under_a_cap_and_keep_their_values() -> None:
-    cache = ModelCache()
-    with capped(160 * MIB):
-        sums = {key: _sum(_block(cache, key)) for key in ("a", "b", "c")}
+    with capped(160 * MIB) as cache:
+        expected = {key: _checksum(_block(cache, key)) for key in ("a", "b", "c")}
         for key in ("a", "b", "c", "b", "a"):
-            assert _sum(_block(cache, key)) == sums[key]
+            assert _checksum(_block(cache, key)) == expected[key]
         assert cache.traffic.loads == 3, "none was dropped"
         assert cache.traffic.to_device >= 3
-        assert torch.cuda.memory_reserved() <= torch.cuda.get_per_process_memory_fraction() * _total()
-    cache.clear()
 
 
 def test_an_operation_that_runs_out_of_memory_is_called_again_with_the_device_to_itself() -> None:
-    cache = ModelCache()
     calls: list[str] = []
 
     def work() -> float:
         calls.append("begun")
         taken = filled(120, 2.0)
         calls.append("done")
-        return float(taken.mean())
+        return float(taken[-1])
 
-    with capped(200 * MIB):
-        idle, used = _sum(_block(cache, "idle")), _sum(_block(cache, "used"))
+    with capped(200 * MIB) as cache:
+        idle, used = _checksum(_block(cache, "idle")), _checksum(_block(cache, "used"))
         # Nobody measured it yet, so no room was made.
         assert cache.residence("used").run(work, work=Work(name="work")) == 2.0
         assert calls == ["begun", "begun", "done"]
         assert (cache.traffic.retries, cache.traffic.to_host) == (1, 1)
-        assert _sum(_block(cache, "used")) == used
-        assert _sum(_block(cache, "idle")) == idle
+        assert _checksum(_block(cache, "used")) == used
+        assert _checksum(_block(cache, "idle")) == idle
 
         calls.clear()
         # What did not fit is known now, and who is idle leaves before.
         assert cache.residence("used").run(work, work=Work(name="work")) == 2.0
         assert calls == ["begun", "done"]
-    cache.clear()
 
 
 def test_what_does_not_fit_even_alone_says_so_and_leaves_a_device_that_works() -> None:
-    cache = ModelCache()
-    with capped(120 * MIB):
-        expected = _sum(_block(cache, "a"))
+    with capped(120 * MIB) as cache:
+        expected = _checksum(_block(cache, "a"))
         with pytest.raises(torch.OutOfMemoryError):
             cache.residence("a").run(lambda: filled(512, 1.0), work=Work(name="work"))
-        assert _sum(_block(cache, "a")) == expected
-        assert float(filled(16, 3.0).mean()) == 3.0
-    cache.clear()
+        assert _checksum(_block(cache, "a")) == expected
+        assert float(filled(16, 3.0)[-1]) == 3.0
 
 
 def _block(cache: ModelCache, key: str) -> Block:
     return cache.get(key, partial(Block, 64, seed=ord(key[0])), vram_gb=64 / 1024)
 
 
-def _sum(block: Block) -> float:
+def _checksum(block: Block) -> int:
+    """Of every bit, and without any of the device's memory."""
     assert block.weight.is_cuda
-    return float(block.weight.sum(dtype=torch.float64))
-
-
-def _total() -> int:
-    return torch.cuda.mem_get_info()[1]
+    return zlib.crc32(block.weight.cpu().numpy())
