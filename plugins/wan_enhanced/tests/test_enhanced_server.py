@@ -6,6 +6,9 @@ import json
 import time
 
 import pytest
+
+pytest.importorskip("openai")
+
 from ourvidz_wan_enhanced.enhancement import enhance
 from ourvidz_wan_enhanced.instructions import read_instructions
 from ourvidz_wan_enhanced.server import without_tokens
