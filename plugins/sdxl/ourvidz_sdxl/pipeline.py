@@ -27,10 +27,11 @@ from ourvidz_core.engine.weight_files import read_module, read_weights
 from ourvidz_core.errors import ModelUnavailable, OutOfMemory
 from ourvidz_core.plugins.residency import Residence, Work
 from ourvidz_sdxl.config import ReferenceType, Solver
+from ourvidz_sdxl.decoder import FastDecoder
 from ourvidz_sdxl.layout import CONFIG_DIR_VARIABLE, CONFIG_IN_WORDS, missing_config
 from ourvidz_sdxl.pictures import DevicePicture, Picture
 from ourvidz_sdxl.schedulers import scheduler_for
-from ourvidz_sdxl.speed import FastDecoder, FastUnet, compiled_unet, fuse_projections
+from ourvidz_sdxl.speed import fast_unet, fuse_projections
 from ourvidz_sdxl.text_encoding import Conditioning, PromptEncoder
 from ourvidz_sdxl.variants import SdxlVariant
 
@@ -124,7 +125,7 @@ class SdxlPipeline:
         self._latent_statistics = _latent_statistics(base.vae.config, device)
         self._own_scheduler = base.scheduler
         self._extras: dict[str, Any] = {}
-        self._unet = FastUnet(base.unet, compiled_unet(base.unet, device))
+        self._unet = fast_unet(base.unet, device)
         self._decode = FastDecoder(base.vae, device)
 
     def draw(

@@ -1,7 +1,8 @@
-"""Make a loaded UNet and decoder as fast as their device allows, with the same results within numeric noise.
+"""Make a loaded UNet as fast as its device allows, with the same results within numeric noise.
 
-Every forward of SDXL's UNet is some 1,900 launches, more than a host can issue in the time that a GPU
-takes for them; so they are compiled into fewer and replayed as one graph. On a CPU all of it is the plain model.
+Every forward of SDXL's UNet is some 1,900 launches, more than a host can issue in the time that a GPU takes for them;
+so they are made fewer, by kernels of our own in the transformers and compiled ones in the rest, and replayed as one
+graph. On a CPU all of it is the plain model.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from ourvidz_core.engine.compilation import CompiledCall, may_compile
 from ourvidz_core.engine.graphs import GraphedCall
+from ourvidz_sdxl.blocks import FastParts
+from ourvidz_sdxl.operations import fast_operations
 
-#: Classes whose modules are compiled, each as one, and once for all that are alike. Compiled as a whole, the UNet
-#: would be little faster and take a minute and a half.
+#: Classes whose modules are compiled, each as one, and once for all that are alike. Of the transformers only those that
+#: are not as in SDXL: the others run as :class:`FastParts`.
 REGIONS: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
 
 
@@ -30,10 +33,11 @@ class FastUnet:
     come, still as a graph, so that no job waits for a compiler.
     """
 
-    def __init__(self, unet: Any, compiled: CompiledCall | None) -> None:
+    def __init__(self, unet: Any, compiled: CompiledCall | None, parts: FastParts | None = None) -> None:
         self._forward: Callable[..., Any] = unet.forward
         self._call = compiled
-        self._shapes = _CompiledShapes()
+        self._parts = parts
+        self._shapes = CompiledShapes()
         self._graphed = GraphedCall(self._launch, name="SDXL's UNet", module=unet, clones=True)
         self._is_plain = False
         self._ran_compiled = False
@@ -59,7 +63,11 @@ class FastUnet:
             timestep = timestep.float()
         # What was compiled for one number of rows does for all others, but for a single one, without guidance.
         shape = (len(sample) > 1, sample.shape[1:], encoder_hidden_states.shape[1:])
-        is_compiled = self.may_be_compiled and self._shapes.take(shape)
+        is_compiled = self.may_be_compiled and FastParts.take(options) and self._shapes.take(shape)
+        if is_compiled and self._parts is not None:
+            if not self._parts.has_room_for(encoder_hidden_states):
+                self.forget()
+            self._parts.prepare(encoder_hidden_states)
         made = self._graphed(is_compiled, sample, timestep, encoder_hidden_states, **options)
         self._ran_compiled = is_compiled and self.may_be_compiled
         return made
@@ -71,6 +79,8 @@ class FastUnet:
     def forget(self) -> None:
         """Free the memory of the graphs; they are made again when they are needed."""
         self._graphed.forget()
+        if self._parts is not None:
+            self._parts.forget()
 
     @contextmanager
     def as_it_came(self) -> Iterator[None]:
@@ -92,46 +102,19 @@ class FastUnet:
         return _as_it_came(self._forward, *arguments, **options)
 
 
-class FastDecoder:
-    """The autoencoder's decoder up to the bytes of a picture, compiled where that may be."""
-
-    def __init__(self, vae: Any, device: str) -> None:
-        def decode(latents: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                pixels = vae.decode(latents, return_dict=False)[0].float()
-                # Rounded as diffusers' image processor does it in main memory.
-                shades = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round()
-                return shades.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-        self._plain = decode
-        self._call: CompiledCall | None = None
-        if may_compile(device):
-            self._call = CompiledCall(self._plain, name="SDXL's decoder")
-        self._shapes = _CompiledShapes()
-
-    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        """The pictures of latents (rows, 4, height, width), as uint8 (rows, height, width, 3)."""
-        call = self._call if self._call is not None and self._shapes.take(latents.shape) else self._plain
-        pixels: torch.Tensor = call(latents)
-        return pixels
-
-    def plain(self, latents: torch.Tensor) -> torch.Tensor:
-        """The same without compiling: for a shape that does not come often."""
-        pixels: torch.Tensor = self._plain(latents)
-        return pixels
-
-    def settle(self) -> None:
-        """Compile no more shapes than there are now."""
-        self._shapes.settle()
-
-
-def compiled_unet(unet: Any, device: str) -> CompiledCall | None:
-    """The UNet's forward with its regions compiled, where that may be."""
+def fast_unet(unet: Any, device: str) -> FastUnet:
+    """``unet``, whose projections are fused on a GPU, as fast as may be there."""
     if not may_compile(device):
-        return None
+        return FastUnet(unet, None)
     forward: Callable[..., Any] = unet.forward
+    parts = FastParts(unet, fast_operations(device, unet.dtype))
+
+    def compiled(*arguments: Any, **options: Any) -> Any:
+        with parts.running():
+            return forward(*arguments, **options)
+
     compile_regions(unet)
-    return CompiledCall(partial(_as_it_came, forward), compiled=forward, name="SDXL's UNet")
+    return FastUnet(unet, CompiledCall(partial(_as_it_came, forward), compiled=compiled, name="SDXL's UNet"), parts)
 
 
 def compile_regions(unet: Any, **options: Any) -> None:
@@ -172,7 +155,9 @@ class _Part(torch.nn.Module):  # type: ignore[misc]
         return torch.nn.functional.linear(given, layer.weight[self._rows], bias)
 
 
-class _CompiledShapes:
+class CompiledShapes:
+    """The shapes that run compiled: all that came before it was settled."""
+
     def __init__(self) -> None:
         self._shapes: set[Hashable] = set()
         self._is_settled = False
@@ -184,6 +169,7 @@ class _CompiledShapes:
         return shape in self._shapes
 
     def settle(self) -> None:
+        """Take no more."""
         self._is_settled = True
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from ourvidz_sdxl.plugin import generate
+from ourvidz_sdxl.speed import fast_unet, fuse_projections
 from sdxl_support import job, made, pixels, warm_model
 
 from ourvidz_core.engine.models import ModelCache
@@ -102,3 +105,100 @@ def test_a_new_text_is_read_while_the_device_goes_on(on_gpu: RecordingContext) -
     prompts.forget_graphs()
     again = prompts.encode("a text that no job had ", "and another")
     assert torch.equal(read.prompt, again.prompt)
+
+
+def noise(*size: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(size))
+    return torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def far(made: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((made.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("rows", [2, 12])
+@pytest.mark.parametrize(("edge", "channels"), [(64, 640), (32, 1280)])
+def test_each_kernel_is_as_exact_as_bfloat16_lets_it_be(rows: int, edge: int, channels: int) -> None:
+    from ourvidz_sdxl import kernels
+    from ourvidz_sdxl.operations import Operations
+
+    exact, tokens = Operations(), rows * edge * edge
+    hidden, missing, weight, bias = noise(tokens, channels), *noise(3, channels).unbind()
+    expected = exact.layer_norm(hidden.float(), missing.float(), weight.float(), bias.float(), 1e-5)
+    assert far(kernels.layer_norm(hidden, missing, weight, bias, 1e-5), expected) < 4e-3
+    wide, wide_bias = noise(8 * channels, channels) * 0.03, noise(8 * channels) * 0.1
+    expected = exact.geglu(hidden.float(), wide.float(), wide_bias.float())
+    assert far(kernels.geglu_of_product(hidden, wide, wide_bias), expected) < 8e-3
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert far(kernels.geglu(hidden, wide, wide_bias), expected) < 4e-3
+    picture = noise(rows, channels, edge, edge + 1).contiguous(memory_format=torch.channels_last) + 2
+    norm = torch.nn.GroupNorm(32, channels, device="cuda", dtype=torch.bfloat16)
+    for is_gated in (False, True):
+        with torch.no_grad():
+            made = kernels.group_norm(picture, norm, is_gated)
+            assert far(made, exact.group_norm(picture.float(), deepcopy(norm).float(), is_gated)) < 4e-3
+    assert torch.equal(kernels.weave(picture), exact.weave(picture))
+
+
+def test_all_kernels_are_in_use_on_this_card() -> None:
+    from ourvidz_sdxl.operations import Operations, fast_operations
+
+    found = fast_operations("cuda", torch.bfloat16)
+    for name in ("layer_norm", "geglu", "group_norm", "weave"):
+        assert getattr(found, name) is not getattr(Operations(), name), name
+
+
+def test_a_step_of_the_whole_unet_is_that_of_diffusers() -> None:
+    unet = full_unet()
+    inputs = {
+        rows: {
+            "sample": noise(rows, 4, 128, 128),
+            "timestep": torch.tensor(500.0, device="cuda"),
+            "encoder_hidden_states": noise(rows, 77, 2048),
+            "added_cond_kwargs": {"text_embeds": noise(rows, 1280), "time_ids": noise(rows, 6)},
+            "return_dict": False,
+        }
+        for rows in (12, 2, 1)
+    }
+    with torch.no_grad():
+        expected = {rows: unet(**given)[0].float() for rows, given in inputs.items()}
+        unet.to(memory_format=torch.channels_last)
+        fuse_projections(unet)
+        fast = fast_unet(unet, "cuda")
+        for rows, given in inputs.items():
+            distance = far(unet(**given)[0], expected[rows])
+            print(f"{rows} rows: {distance:.4f} from diffusers, compiled: {fast.ran_compiled}")
+            assert fast.ran_compiled
+            assert distance < 2e-2
+
+
+def full_unet() -> Any:
+    """SDXL's, with random weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return UNet2DConditionModel(
+                sample_size=128,
+                block_out_channels=(320, 640, 1280),
+                layers_per_block=2,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                transformer_layers_per_block=[1, 2, 10],
+                attention_head_dim=[5, 10, 20],
+                cross_attention_dim=2048,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            ).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_the_decoder_s_attention_is_attention_in_bfloat16() -> None:
+    from ourvidz_sdxl.decoder import wide_attention
+
+    query, key, value = noise(3, 1, 16384, 512).unbind()
+    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert far(wide_attention(query, key, value), expected) < 1e-2

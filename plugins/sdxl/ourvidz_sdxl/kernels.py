@@ -1,0 +1,311 @@
+"""Triton kernels for what SDXL's UNet does between its products, and for one product with what follows it.
+
+Sizes of tiles are those that were the fastest on an H200: nothing is tried at a start. Sums are in single precision.
+What is not contiguous, pictures with channels last, is copied.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+#: Programs of the layer norm for each multiprocessor: with fewer one waits for its rows, one after the other.
+LAYER_NORM_PROGRAMS = 16
+LAYER_NORM_WARPS = 4
+#: Rows, columns, depth of a tile; how many are loaded ahead; warps; tiles of rows that share their columns.
+GEGLU_TILE = (128, 128, 64)
+GEGLU_STAGES, GEGLU_WARPS, GEGLU_GROUP = 3, 8, 4
+#: Pixels and channels that a program of the group norm holds at once.
+_PIXELS, _CHANNELS = 128, 64
+_BLOCK = 1024
+
+
+def layer_norm(
+    hidden: torch.Tensor, missing: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The layer norm of ``hidden + missing``: (..., columns), all others (columns,)."""
+    hidden = hidden.contiguous()
+    columns = hidden.shape[-1]
+    rows = hidden.numel() // columns
+    made = torch.empty_like(hidden)
+    programs = min(rows, LAYER_NORM_PROGRAMS * _multiprocessors(hidden.device))
+    block = triton.next_power_of_2(columns)
+    with _on(hidden):
+        _layer_norm[(programs,)](
+            hidden, missing, weight, bias, made, rows, columns, eps, BLOCK=block, num_warps=LAYER_NORM_WARPS
+        )
+    return made
+
+
+def geglu(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A product (..., depth) with (2 * width, depth), of which one half goes through GELU and gates the other.
+
+    Needs a device that moves whole tiles by itself (Hopper's TMA), and a width of whole tiles.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    flat = given.reshape(-1, given.shape[-1])
+    rows, depth = flat.shape
+    width = weight.shape[0] // 2
+    made = torch.empty((rows, width), device=given.device, dtype=given.dtype)
+    tall, wide, deep = GEGLU_TILE
+    processors = _multiprocessors(given.device)
+    with _on(given):
+        _geglu[(min(processors, triton.cdiv(rows, tall) * triton.cdiv(width, wide)),)](
+            TensorDescriptor.from_tensor(flat, [tall, deep]),
+            TensorDescriptor.from_tensor(weight, [wide, deep]),
+            bias,
+            TensorDescriptor.from_tensor(made, [tall, wide]),
+            rows,
+            width,
+            depth,
+            TALL=tall,
+            WIDE=wide,
+            DEEP=deep,
+            GROUP=GEGLU_GROUP,
+            num_stages=GEGLU_STAGES,
+            num_warps=GEGLU_WARPS,
+        )
+    return made.view(*given.shape[:-1], width)
+
+
+def geglu_of_product(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The same as :func:`geglu`, with cuBLAS' product, on any device and for any width."""
+    product = torch.nn.functional.linear(given, weight, bias)
+    width = product.shape[-1] // 2
+    made = product.new_empty((*product.shape[:-1], width))
+    with _on(product):
+        _gate[(triton.cdiv(made.numel(), _BLOCK),)](product, made, made.numel(), width, BLOCK=_BLOCK)
+    return made
+
+
+def group_norm(picture: torch.Tensor, norm: torch.nn.GroupNorm, is_gated: bool) -> torch.Tensor:
+    """The group norm of ``picture`` (rows, channels, height, width), with ``is_gated`` through SiLU."""
+    picture = picture.contiguous(memory_format=torch.channels_last)
+    rows, channels, height, width = picture.shape
+    pixels = height * width
+    made = torch.empty_like(picture)
+    chunks = triton.cdiv(pixels, _PIXELS)
+    moments = torch.empty((2, rows, chunks, channels), device=picture.device, dtype=torch.float32)
+    factors = torch.empty((2, rows, channels), device=picture.device, dtype=torch.float32)
+    grid = (chunks, triton.cdiv(channels, _CHANNELS), rows)
+    tile = {"PIXELS": _PIXELS, "CHANNELS": _CHANNELS}
+    in_group = channels // norm.num_groups
+    with _on(picture):
+        _moments[grid](picture, moments[0], moments[1], pixels, channels, **tile)
+        _factors[(norm.num_groups, rows)](
+            moments[0],
+            moments[1],
+            norm.weight,
+            norm.bias,
+            factors[0],
+            factors[1],
+            pixels,
+            channels,
+            chunks,
+            in_group,
+            norm.eps,
+            PIXELS=_PIXELS,
+            IN_GROUP=triton.next_power_of_2(in_group),
+            CHUNKS=max(1, 2048 // triton.next_power_of_2(in_group)),
+        )
+        _scaled[grid](picture, factors[0], factors[1], made, pixels, channels, IS_GATED=is_gated, **tile)
+    return made
+
+
+def weave(four: torch.Tensor) -> torch.Tensor:
+    """A picture of twice the size, from its four kinds of pixels: (rows, 4 * channels, height + 1, width + 1)."""
+    four = four.contiguous(memory_format=torch.channels_last)
+    rows, channels, height, width = four.shape
+    channels, height, width = channels // 4, 2 * height - 2, 2 * width - 2
+    made = torch.empty(
+        (rows, channels, height, width), device=four.device, dtype=four.dtype, memory_format=torch.channels_last
+    )
+    with _on(four):
+        _weave[(triton.cdiv(width * channels, _BLOCK), height, rows)](four, made, height, width, channels, BLOCK=_BLOCK)
+    return made
+
+
+@triton.jit
+def _layer_norm(hidden, missing, weight, bias, made, rows, columns, eps, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    is_there = column < columns
+    added = tl.load(missing + column, mask=is_there, other=0.0).to(tl.float32)
+    factor = tl.load(weight + column, mask=is_there, other=0.0).to(tl.float32)
+    summand = tl.load(bias + column, mask=is_there, other=0.0).to(tl.float32)
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        start = row * columns
+        values = tl.load(hidden + start + column, mask=is_there, other=0.0).to(tl.float32) + added
+        mean = tl.sum(values, axis=0) / columns
+        centred = tl.where(is_there, values - mean, 0.0)
+        spread = tl.rsqrt(tl.sum(centred * centred, axis=0) / columns + eps)
+        normed = centred * spread * factor + summand
+        tl.store(made + start + column, normed.to(made.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _geglu(
+    given,
+    weight,
+    bias,
+    made,
+    rows,
+    width,
+    depth,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+    DEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tiles_down = tl.cdiv(rows, TALL)
+    tiles_across = tl.cdiv(width, WIDE)
+    for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, tl.num_programs(0)):
+        # Tiles that follow each other read the same rows and columns, which are near then.
+        in_group = GROUP * tiles_across
+        first = (tile // in_group) * GROUP
+        size = min(tiles_down - first, GROUP)
+        top = (first + (tile % in_group) % size) * TALL
+        left = ((tile % in_group) // size) * WIDE
+        value = tl.zeros((TALL, WIDE), dtype=tl.float32)
+        gate = tl.zeros((TALL, WIDE), dtype=tl.float32)
+        for step in range(tl.cdiv(depth, DEEP)):
+            rows_of_it = given.load([top, step * DEEP])
+            value = tl.dot(rows_of_it, weight.load([left, step * DEEP]).T, value)
+            gate = tl.dot(rows_of_it, weight.load([width + left, step * DEEP]).T, gate)
+        column = left + tl.arange(0, WIDE)
+        value += tl.load(bias + column).to(tl.float32)[None, :]
+        gate += tl.load(bias + width + column).to(tl.float32)[None, :]
+        gated = value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+        made.store([top, left], gated.to(made.dtype))
+
+
+@triton.jit
+def _gate(product, made, count, width, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_there = index < count
+    place = (index // width) * (2 * width) + index % width
+    value = tl.load(product + place, mask=is_there, other=0.0).to(tl.float32)
+    gate = tl.load(product + place + width, mask=is_there, other=0.0).to(tl.float32)
+    gated = value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+    tl.store(made + index, gated.to(made.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _moments(picture, means, spreads, pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    chunk = tl.program_id(0)
+    row = tl.program_id(2).to(tl.int64)
+    pixel = chunk * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    is_there = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    place = (row * pixels + pixel)[:, None] * channels + channel[None, :]
+    values = tl.load(picture + place, mask=is_there, other=0.0).to(tl.float32)
+    count = tl.minimum(pixels - chunk * PIXELS, PIXELS)
+    mean = tl.sum(values, axis=0) / count
+    centred = tl.where(is_there, values - mean[None, :], 0.0)
+    made = (row * tl.num_programs(0) + chunk) * channels + channel
+    tl.store(means + made, mean, mask=channel < channels)
+    tl.store(spreads + made, tl.sum(centred * centred, axis=0), mask=channel < channels)
+
+
+@triton.jit
+def _factors(
+    means,
+    spreads,
+    weight,
+    bias,
+    factors,
+    summands,
+    pixels,
+    channels,
+    chunks,
+    in_group,
+    eps,
+    PIXELS: tl.constexpr,
+    IN_GROUP: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, IN_GROUP)
+    channel = tl.program_id(0) * in_group + column
+    is_channel = column < in_group
+    total = tl.zeros((CHUNKS, IN_GROUP), dtype=tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        is_there = (chunk < chunks)[:, None] & is_channel[None, :]
+        place = (row * chunks + chunk)[:, None] * channels + channel[None, :]
+        count = tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)
+        total += tl.load(means + place, mask=is_there, other=0.0) * count[:, None]
+    size = pixels * in_group
+    mean = tl.sum(total) / size
+    # Squares around the mean of all, from those around the mean of each chunk: nothing large is subtracted.
+    squares = tl.zeros((CHUNKS, IN_GROUP), dtype=tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        is_there = (chunk < chunks)[:, None] & is_channel[None, :]
+        place = (row * chunks + chunk)[:, None] * channels + channel[None, :]
+        count = tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)
+        far = tl.load(means + place, mask=is_there, other=0.0) - mean
+        within = tl.load(spreads + place, mask=is_there, other=0.0)
+        squares += tl.where(is_there, within + far * far * count[:, None], 0.0)
+    factor = tl.rsqrt(tl.sum(squares) / size + eps) * tl.load(weight + channel, mask=is_channel, other=0.0).to(
+        tl.float32
+    )
+    summand = tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32) - mean * factor
+    tl.store(factors + row * channels + channel, factor, mask=is_channel)
+    tl.store(summands + row * channels + channel, summand, mask=is_channel)
+
+
+@triton.jit
+def _scaled(
+    picture,
+    factors,
+    summands,
+    made,
+    pixels,
+    channels,
+    IS_GATED: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    row = tl.program_id(2).to(tl.int64)
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    is_channel = channel < channels
+    is_there = (pixel < pixels)[:, None] & is_channel[None, :]
+    place = (row * pixels + pixel)[:, None] * channels + channel[None, :]
+    factor = tl.load(factors + row * channels + channel, mask=is_channel, other=0.0)
+    summand = tl.load(summands + row * channels + channel, mask=is_channel, other=0.0)
+    values = tl.load(picture + place, mask=is_there, other=0.0).to(tl.float32) * factor[None, :] + summand[None, :]
+    if IS_GATED:
+        values = values * tl.sigmoid(values)
+    tl.store(made + place, values.to(made.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _weave(four, made, height, width, channels, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    is_there = index < width * channels
+    x, channel = index // channels, index % channels
+    # A pixel of kind (down, right) lies in the four kinds' picture by as much further down and right.
+    down, right = y % 2, x % 2
+    line = (row * (height // 2 + 1) + y // 2 + down) * (width // 2 + 1)
+    place = (line + x // 2 + right) * (4 * channels) + (2 * down + right) * channels + channel
+    values = tl.load(four + place, mask=is_there)
+    tl.store(made + (row * height + y) * (width * channels) + index, values, mask=is_there)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return count
+
+
+def _on(tensor: torch.Tensor) -> Any:
+    """Triton launches on the device that is the current one."""
+    return torch.cuda.device_of(tensor)

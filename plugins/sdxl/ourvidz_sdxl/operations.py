@@ -1,0 +1,115 @@
+"""What the fast UNet is made of beside products and attention: as torch does it, and as Triton does where it can."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+from torch.nn import GroupNorm, functional
+
+from ourvidz_core.engine.device_memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+#: GPUs from this generation on move whole tiles by themselves.
+_MOVES_TILES = (9, 0)
+#: Columns of a tile of the product with GELU; others are left to the one that takes any width.
+_TILE_COLUMNS = 128
+#: Further than this from torch's, relative to its length, a kernel is wrong and not rounded in another way.
+_FAR = 0.02
+
+
+def _layer_norm(hidden: Tensor, missing: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return functional.layer_norm(hidden + missing, weight.shape, weight, bias, eps)
+
+
+def _geglu(given: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    value, gate = functional.linear(given, weight, bias).chunk(2, dim=-1)
+    return value * functional.gelu(gate)
+
+
+def _group_norm(picture: Tensor, norm: GroupNorm, is_gated: bool) -> Tensor:
+    normed = functional.group_norm(picture, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return functional.silu(normed) if is_gated else normed
+
+
+def weave(four: Tensor) -> Tensor:
+    """A picture of twice the size, from its four kinds of pixels: (rows, 4 * channels, height + 1, width + 1)."""
+    rows, channels, height, width = four.shape
+    kinds = four.permute(0, 2, 3, 1).unflatten(-1, (2, 2, channels // 4))
+    lines = [
+        torch.stack([kinds[:, y : y + height - 1, x : x + width - 1, y, x] for x in (0, 1)], dim=3) for y in (0, 1)
+    ]
+    whole = torch.stack(lines, dim=2).reshape(rows, 2 * height - 2, 2 * width - 2, channels // 4)
+    return whole.permute(0, 3, 1, 2)
+
+
+@frozen(kw_only=True)
+class Operations:
+    """One way to do each of them."""
+
+    #: Of (hidden + missing, weight, bias, eps), over the last dimension.
+    layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = _layer_norm
+    #: A product with (weight, bias), of which one half goes through GELU and gates the other.
+    geglu: Callable[[Tensor, Tensor, Tensor], Tensor] = _geglu
+    #: Of a picture, and whether it goes through SiLU then.
+    group_norm: Callable[[Tensor, GroupNorm, bool], Tensor] = _group_norm
+    weave: Callable[[Tensor], Tensor] = weave
+
+
+def fast_operations(device: str, dtype: torch.dtype) -> Operations:
+    """Triton's, each of them tried, with torch's in place of one that does not run here, which is logged."""
+    from ourvidz_sdxl import kernels
+
+    torchs, random = Operations(), torch.Generator(device).manual_seed(0)
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, generator=random, device=device, dtype=dtype)
+
+    def runs(name: str, kernel: Callable[..., Tensor], *cases: tuple[object, ...]) -> bool:
+        for case in cases:
+            try:
+                with torch.no_grad():
+                    expected = getattr(torchs, name)(*case).float()
+                    far = float((kernel(*case).float() - expected).norm() / expected.norm())
+            except Exception as error:  # whatever a compiler, a driver or a card has against it
+                if is_out_of_memory(error):
+                    raise
+                logger.warning("%s in Triton does not run on %s, and SDXL is slower: %s", name, device, _said(error))
+                return False
+            if not far < _FAR:
+                logger.warning("%s in Triton is wrong by %.3g on %s and is left out; SDXL is slower", name, far, device)
+                return False
+        return True
+
+    picture = numbers(2, 64, 16, 16).contiguous(memory_format=torch.channels_last)
+    product = numbers(256, 64), numbers(512, 64) * 0.2, numbers(512)
+    norms = [(numbers(32, columns), *numbers(3, columns).unbind(), 1e-5) for columns in (640, 1280)]
+    norm = GroupNorm(32, 64, device=device, dtype=dtype)
+    found: dict[str, Callable[..., Tensor]] = {}
+    if runs("layer_norm", kernels.layer_norm, *norms):
+        found["layer_norm"] = kernels.layer_norm
+    if runs("geglu", kernels.geglu_of_product, product):
+        found["geglu"] = kernels.geglu_of_product
+        if torch.cuda.get_device_capability(device) >= _MOVES_TILES and runs("geglu", kernels.geglu, product):
+            found["geglu"] = _by_width(kernels.geglu, kernels.geglu_of_product)
+    if runs("group_norm", kernels.group_norm, (picture, norm, False), (picture, norm, True)):
+        found["group_norm"] = kernels.group_norm
+    if runs("weave", kernels.weave, (picture,)):
+        found["weave"] = kernels.weave
+    return evolve(torchs, **found)
+
+
+def _by_width(of_tiles: Callable[..., Tensor], of_any: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def geglu(given: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        is_whole = weight.shape[0] % (2 * _TILE_COLUMNS) == 0 and given.shape[-1] % 8 == 0
+        return (of_tiles if is_whole else of_any)(given, weight, bias)
+
+    return geglu
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
