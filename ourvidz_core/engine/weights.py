@@ -246,7 +246,11 @@ def _whole_pages(size_bytes: int) -> torch.Tensor:
     import torch
 
     pages = max(1, -(-size_bytes // mmap.PAGESIZE))
-    return torch.frombuffer(mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)
+    block = mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE)
+    # Each page is cleared and pinned for itself, and of larger ones there are fewer. A kernel may not have them.
+    with contextlib.suppress(OSError, AttributeError):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(block, dtype=torch.uint8)
 
 
 def _pin(copy: _HostCopy, block: torch.Tensor) -> bool:

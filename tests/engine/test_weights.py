@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -71,6 +72,13 @@ def test_a_model_computes_the_same_to_the_bit_wherever_its_weights_have_been(net
 
     assert net.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert net.tied_otherwise.data_ptr() == net.embed.weight.data_ptr() == net.head.weight.data_ptr()
+
+
+def test_a_copy_begins_with_a_page_so_that_torch_sees_it_pinned(net: Net, weights: Weights) -> None:
+    weights.to_host()
+    (block,) = places(net)
+    assert block % mmap.PAGESIZE == 0
+    assert not weights.is_pinned, "for a processor there is no need"
 
 
 def test_weights_that_come_back_leave_a_copy_and_are_not_copied_again(net: Net, weights: Weights) -> None:
