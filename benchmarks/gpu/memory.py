@@ -37,7 +37,7 @@ from ourvidz_core.wire.payloads import structure_payload
 BESIDE = 1.0
 #: The share of the small models that fits under each cap.
 SMALL_SHARES = {48: 2.0, 24: 0.7, 16: 0.5}
-ROUND = ("sdxl_image_fast", "image_fast", "image7b_fast_enhanced", "sdxl_image_fast")
+ROUND = ("sdxl_image_fast", "image_fast", "image7b_fast_enhanced")
 ROUNDS, STEPS, SEED = 2, 4, 7
 #: With random weights the writer never ends by itself.
 TOKENS = 32
@@ -287,9 +287,18 @@ def _written(texts: list[str]) -> Iterator[None]:
 
 
 def _facts_of(cache: ModelCache) -> dict[str, Any]:
-    facts = {name: value for name, value in attrs.asdict(cache.traffic).items() if not name.endswith("_bytes")}
-    facts["to_host_gib"] = cache.traffic.to_host_bytes / GIB
-    facts["to_device_gib"] = cache.traffic.to_device_bytes / GIB
+    traffic = cache.traffic
+    facts: dict[str, Any] = attrs.asdict(
+        traffic, filter=lambda of, _value: not of.name.endswith(("_bytes", "_seconds"))
+    )
+    if traffic.to_host_bytes:
+        facts["to_host_gib"] = traffic.to_host_bytes / GIB
+        facts["pinned_gib"] = traffic.pinned_bytes / GIB
+        # The time to pin it included; weights whose copy was kept take next to none.
+        facts["to_host_gib_per_second"] = facts["to_host_gib"] / traffic.to_host_seconds
+    if traffic.to_device_bytes:
+        facts["to_device_gib"] = traffic.to_device_bytes / GIB
+        facts["to_device_gib_per_second"] = facts["to_device_gib"] / traffic.to_device_seconds
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         # Other processes of the same GPU included.
