@@ -1,8 +1,9 @@
-"""SDXL's transformers as few launches, with the model's own weights.
+"""SDXL's transformers and residual blocks as few launches, with the model's own weights.
 
-Between the two layouts of a picture nothing is copied. A sum that goes through the blocks is added to by the
-products themselves, without the biases of their layers: those are one vector, known beforehand, which whoever reads the
-sum adds. Keys and values of a text are the same in every step, so they are made once.
+Between the two layouts of a picture nothing is copied. What is added to a picture is added where it is read
+the next time. A sum that goes through the transformers' blocks is added to by the products themselves, without the
+biases of their layers: those are one vector, known beforehand, which whoever reads the sum adds. Keys and values
+of a text are the same in every step, so they are made once.
 """
 
 from __future__ import annotations
@@ -30,19 +31,23 @@ class FastParts:
     def __init__(self, unet: Any, operations: Operations) -> None:
         self._is_running = False
         self._texts = TextKeys()
-        self._parts: list[_FastTransformer | FastUpsample] = []
+        self._parts: list[_FastTransformer | _FastResnet | FastUpsample] = []
         for module in unet.modules():
             if _is_usual_transformer(module):
                 fast = _FastTransformer(module, operations, self._texts)
                 self._parts.append(fast)
                 self._replace(module, fast)
+            elif _is_usual_resnet(module):
+                resnet = _FastResnet(module, operations)
+                self._parts.append(resnet)
+                self._replace(module, resnet)
             elif FastUpsample.fits(module):
                 upsample = FastUpsample(module=module, weave=operations.weave)
                 self._parts.append(upsample)
                 self._replace(module, upsample)
         norm = unet.conv_norm_out
         if isinstance(norm, torch.nn.GroupNorm) and isinstance(unet.conv_act, torch.nn.SiLU):
-            self._replace(norm, lambda picture: operations.group_norm(picture, norm, True))
+            self._replace(norm, lambda picture: operations.group_norm(picture, None, norm, True))
             self._replace(unet.conv_act, lambda picture: picture)
 
     @staticmethod
@@ -163,7 +168,7 @@ class _FastTransformer:
 
     def __call__(self, hidden_states: torch.Tensor, *, encoder_hidden_states: torch.Tensor, **_: Any) -> Any:
         module = self._module
-        normed = self._operations.group_norm(hidden_states, module.norm, False)
+        normed = self._operations.group_norm(hidden_states, None, module.norm, False)
         hidden = module.proj_in(normed.permute(0, 2, 3, 1).flatten(1, 2))
         for block in self._blocks:
             block(hidden, encoder_hidden_states)
@@ -204,6 +209,38 @@ class _FastBlock:
         return self._operations.layer_norm(total, self.missing[index], norm.weight, norm.bias, norm.eps)
 
 
+class _FastResnet:
+    """diffusers' ``ResnetBlock2D``."""
+
+    def __init__(self, module: Any, operations: Operations) -> None:
+        self._module, self._operations = module, operations
+        #: Of what the time adds, with the first convolution's; and of the sum in the end.
+        self._biases: tuple[torch.Tensor, ...] = ()
+
+    def prepare(self) -> None:
+        if self._biases:
+            return
+        module = self._module
+        last = module.conv2.bias if module.conv_shortcut is None else module.conv2.bias + module.conv_shortcut.bias
+        self._biases = (module.time_emb_proj.bias + module.conv1.bias).detach(), last.detach()
+
+    def forget(self) -> None:
+        self._biases = ()
+
+    def __call__(self, picture: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        module, group_norm = self._module, self._operations.group_norm
+        time = functional.linear(functional.silu(temb), module.time_emb_proj.weight, self._biases[0])
+        hidden = _convolved(module.conv1, group_norm(picture, None, module.norm1, True))
+        hidden = _convolved(module.conv2, group_norm(hidden, time, module.norm2, True))
+        shortcut = picture if module.conv_shortcut is None else _convolved(module.conv_shortcut, picture)
+        return self._operations.add_up(hidden, shortcut, self._biases[1])
+
+
+def _convolved(convolution: Any, picture: torch.Tensor) -> torch.Tensor:
+    """Without its bias."""
+    return functional.conv2d(picture, convolution.weight, None, convolution.stride, convolution.padding)
+
+
 def _add(total: torch.Tensor, given: torch.Tensor, layer: torch.nn.Linear) -> None:
     """Add what ``layer`` makes without its bias; the product does it itself."""
     total.view(-1, total.shape[-1]).addmm_(given.reshape(-1, given.shape[-1]), layer.weight.t())
@@ -237,4 +274,18 @@ def _is_usual_transformer(module: Any) -> bool:
         and not block.attn1.is_cross_attention
         and block.attn2.is_cross_attention
         for block in module.transformer_blocks
+    )
+
+
+def _is_usual_resnet(module: Any) -> bool:
+    return (
+        type(module).__name__ == "ResnetBlock2D"
+        and isinstance(module.nonlinearity, torch.nn.SiLU)
+        and module.upsample is None
+        and module.downsample is None
+        and module.time_emb_proj is not None
+        and not module.skip_time_act
+        and module.time_embedding_norm == "default"
+        and module.output_scale_factor == 1.0
+        and (module.conv_shortcut is None or module.conv_shortcut.bias is not None)
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 
 from ourvidz_core.engine.compilation import CompiledCall, may_compile
-from ourvidz_sdxl.speed import CompiledShapes
 from ourvidz_sdxl.upsampling import FastUpsample
 
 #: Scores that are in memory at once: 268 MB in single precision.
@@ -31,7 +31,7 @@ class FastDecoder:
         if may_compile(device):
             rebuild_decoder(vae.decoder)
             self._call = CompiledCall(self._plain, name="SDXL's decoder")
-        self._shapes = CompiledShapes()
+        self._shapes = _CompiledShapes()
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """The pictures of latents (rows, 4, height, width), as uint8 (rows, height, width, 3)."""
@@ -112,3 +112,18 @@ def _is_of_pictures(attention: Attention) -> bool:
         and attention.residual_connection
         and attention.rescale_output_factor == 1
     )
+
+
+class _CompiledShapes:
+    def __init__(self) -> None:
+        self._shapes: set[Hashable] = set()
+        self._is_settled = False
+
+    def take(self, shape: Hashable) -> bool:
+        """Whether ``shape`` runs compiled."""
+        if not self._is_settled:
+            self._shapes.add(shape)
+        return shape in self._shapes
+
+    def settle(self) -> None:
+        self._is_settled = True

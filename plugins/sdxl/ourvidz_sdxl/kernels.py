@@ -84,8 +84,13 @@ def geglu_of_product(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     return made
 
 
-def group_norm(picture: torch.Tensor, norm: torch.nn.GroupNorm, is_gated: bool) -> torch.Tensor:
-    """The group norm of ``picture`` (rows, channels, height, width), with ``is_gated`` through SiLU."""
+def group_norm(
+    picture: torch.Tensor, added: torch.Tensor | None, norm: torch.nn.GroupNorm, is_gated: bool
+) -> torch.Tensor:
+    """The group norm of ``picture`` (rows, channels, height, width), with ``is_gated`` through SiLU.
+
+    ``added`` (rows, channels) is added to all pixels before.
+    """
     picture = picture.contiguous(memory_format=torch.channels_last)
     rows, channels, height, width = picture.shape
     pixels = height * width
@@ -101,6 +106,7 @@ def group_norm(picture: torch.Tensor, norm: torch.nn.GroupNorm, is_gated: bool) 
         _factors[(norm.num_groups, rows)](
             moments[0],
             moments[1],
+            moments if added is None else added.contiguous(),
             norm.weight,
             norm.bias,
             factors[0],
@@ -110,12 +116,22 @@ def group_norm(picture: torch.Tensor, norm: torch.nn.GroupNorm, is_gated: bool) 
             chunks,
             in_group,
             norm.eps,
+            IS_ADDED=added is not None,
             PIXELS=_PIXELS,
             IN_GROUP=triton.next_power_of_2(in_group),
             CHUNKS=max(1, 2048 // triton.next_power_of_2(in_group)),
         )
         _scaled[grid](picture, factors[0], factors[1], made, pixels, channels, IS_GATED=is_gated, **tile)
     return made
+
+
+def add_up(one: torch.Tensor, other: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The sum of two pictures and a bias of their channels, in the place of ``one``."""
+    one = one.contiguous(memory_format=torch.channels_last)
+    other = other.contiguous(memory_format=torch.channels_last)
+    with _on(one):
+        _add_up[(triton.cdiv(one.numel(), _BLOCK),)](one, other, bias, one.numel(), one.shape[1], BLOCK=_BLOCK)
+    return one
 
 
 def weave(four: torch.Tensor) -> torch.Tensor:
@@ -216,6 +232,7 @@ def _moments(picture, means, spreads, pixels, channels, PIXELS: tl.constexpr, CH
 def _factors(
     means,
     spreads,
+    added,
     weight,
     bias,
     factors,
@@ -225,6 +242,7 @@ def _factors(
     chunks,
     in_group,
     eps,
+    IS_ADDED: tl.constexpr,
     PIXELS: tl.constexpr,
     IN_GROUP: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -233,13 +251,18 @@ def _factors(
     column = tl.arange(0, IN_GROUP)
     channel = tl.program_id(0) * in_group + column
     is_channel = column < in_group
+    # What is added to all pixels of a channel moves their mean, and nothing else.
+    moved = tl.zeros((IN_GROUP,), dtype=tl.float32)
+    if IS_ADDED:
+        moved = tl.load(added + row * channels + channel, mask=is_channel, other=0.0).to(tl.float32)
     total = tl.zeros((CHUNKS, IN_GROUP), dtype=tl.float32)
     for first in range(0, chunks, CHUNKS):
         chunk = first + tl.arange(0, CHUNKS)
         is_there = (chunk < chunks)[:, None] & is_channel[None, :]
         place = (row * chunks + chunk)[:, None] * channels + channel[None, :]
         count = tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)
-        total += tl.load(means + place, mask=is_there, other=0.0) * count[:, None]
+        mean_of_chunk = tl.load(means + place, mask=is_there, other=0.0) + moved[None, :]
+        total += tl.where(is_there, mean_of_chunk * count[:, None], 0.0)
     size = pixels * in_group
     mean = tl.sum(total) / size
     # Squares around the mean of all, from those around the mean of each chunk: nothing large is subtracted.
@@ -249,13 +272,13 @@ def _factors(
         is_there = (chunk < chunks)[:, None] & is_channel[None, :]
         place = (row * chunks + chunk)[:, None] * channels + channel[None, :]
         count = tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)
-        far = tl.load(means + place, mask=is_there, other=0.0) - mean
+        far = tl.load(means + place, mask=is_there, other=0.0) + moved[None, :] - mean
         within = tl.load(spreads + place, mask=is_there, other=0.0)
         squares += tl.where(is_there, within + far * far * count[:, None], 0.0)
     factor = tl.rsqrt(tl.sum(squares) / size + eps) * tl.load(weight + channel, mask=is_channel, other=0.0).to(
         tl.float32
     )
-    summand = tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32) - mean * factor
+    summand = tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32) + (moved - mean) * factor
     tl.store(factors + row * channels + channel, factor, mask=is_channel)
     tl.store(summands + row * channels + channel, summand, mask=is_channel)
 
@@ -284,6 +307,16 @@ def _scaled(
     if IS_GATED:
         values = values * tl.sigmoid(values)
     tl.store(made + place, values.to(made.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _add_up(one, other, bias, count, channels, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_there = index < count
+    total = tl.load(one + index, mask=is_there, other=0.0).to(tl.float32)
+    total += tl.load(other + index, mask=is_there, other=0.0).to(tl.float32)
+    total += tl.load(bias + index % channels, mask=is_there, other=0.0).to(tl.float32)
+    tl.store(one + index, total.to(one.dtype.element_ty), mask=is_there)
 
 
 @triton.jit

@@ -31,9 +31,15 @@ def _geglu(given: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return value * functional.gelu(gate)
 
 
-def _group_norm(picture: Tensor, norm: GroupNorm, is_gated: bool) -> Tensor:
+def _group_norm(picture: Tensor, added: Tensor | None, norm: GroupNorm, is_gated: bool) -> Tensor:
+    if added is not None:
+        picture = picture + added[:, :, None, None]
     normed = functional.group_norm(picture, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return functional.silu(normed) if is_gated else normed
+
+
+def _add_up(one: Tensor, other: Tensor, bias: Tensor) -> Tensor:
+    return one + other + bias[:, None, None]
 
 
 def weave(four: Tensor) -> Tensor:
@@ -55,8 +61,10 @@ class Operations:
     layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = _layer_norm
     #: A product with (weight, bias), of which one half goes through GELU and gates the other.
     geglu: Callable[[Tensor, Tensor, Tensor], Tensor] = _geglu
-    #: Of a picture, and whether it goes through SiLU then.
-    group_norm: Callable[[Tensor, GroupNorm, bool], Tensor] = _group_norm
+    #: Of a picture, what is added to all pixels of a channel before, and whether it goes through SiLU then.
+    group_norm: Callable[[Tensor, Tensor | None, GroupNorm, bool], Tensor] = _group_norm
+    #: Of two pictures, of which the first may be changed, and a bias.
+    add_up: Callable[[Tensor, Tensor, Tensor], Tensor] = _add_up
     weave: Callable[[Tensor], Tensor] = weave
 
 
@@ -96,8 +104,10 @@ def fast_operations(device: str, dtype: torch.dtype) -> Operations:
         found["geglu"] = kernels.geglu_of_product
         if torch.cuda.get_device_capability(device) >= _MOVES_TILES and runs("geglu", kernels.geglu, product):
             found["geglu"] = _by_width(kernels.geglu, kernels.geglu_of_product)
-    if runs("group_norm", kernels.group_norm, (picture, norm, False), (picture, norm, True)):
+    if runs("group_norm", kernels.group_norm, (picture, None, norm, False), (picture, numbers(2, 64), norm, True)):
         found["group_norm"] = kernels.group_norm
+    if runs("add_up", kernels.add_up, (picture.clone(), picture, numbers(64))):
+        found["add_up"] = kernels.add_up
     if runs("weave", kernels.weave, (picture,)):
         found["weave"] = kernels.weave
     return evolve(torchs, **found)

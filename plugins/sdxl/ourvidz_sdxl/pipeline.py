@@ -191,7 +191,6 @@ class SdxlPipeline:
 
     def settle(self) -> None:
         """All shapes that jobs are expected to have were drawn: no job waits for a compiler from here on."""
-        self._unet.settle()
         self._decode.settle()
 
     def sketch(self, latents: torch.Tensor) -> Image:

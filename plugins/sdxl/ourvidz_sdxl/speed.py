@@ -1,43 +1,31 @@
 """Make a loaded UNet as fast as its device allows, with the same results within numeric noise.
 
-Every forward of SDXL's UNet is some 1,900 launches, more than a host can issue in the time that a GPU takes for them;
-so they are made fewer, by kernels of our own in the transformers and compiled ones in the rest, and replayed as one
-graph. On a CPU all of it is the plain model.
+Every forward of SDXL's UNet is some 1,900 launches, more than a host can issue in the time that a GPU
+takes for them; so they are made fewer and replayed as one graph. On a CPU all of it is the plain model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from torch.utils._pytree import tree_leaves
 
 from ourvidz_core.engine.compilation import CompiledCall, may_compile
 from ourvidz_core.engine.graphs import GraphedCall
 from ourvidz_sdxl.blocks import FastParts
-from ourvidz_sdxl.operations import fast_operations
-
-#: Classes whose modules are compiled, each as one, and once for all that are alike. Of the transformers only those that
-#: are not as in SDXL: the others run as :class:`FastParts`.
-REGIONS: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
+from ourvidz_sdxl.operations import Operations, fast_operations
 
 
 class FastUnet:
-    """Takes the place of ``unet.forward``: compiled where that may be, and replayed as a graph on a GPU.
-
-    A size is compiled when it is first used; once :meth:`settle` was called, new ones run as they
-    come, still as a graph, so that no job waits for a compiler.
-    """
+    """Takes the place of ``unet.forward``: with compiled kernels where that may be, replayed as a graph on a GPU."""
 
     def __init__(self, unet: Any, compiled: CompiledCall | None, parts: FastParts | None = None) -> None:
         self._forward: Callable[..., Any] = unet.forward
         self._call = compiled
         self._parts = parts
-        self._shapes = CompiledShapes()
         self._graphed = GraphedCall(self._launch, name="SDXL's UNet", module=unet, clones=True)
         self._is_plain = False
         self._ran_compiled = False
@@ -45,7 +33,7 @@ class FastUnet:
 
     @property
     def may_be_compiled(self) -> bool:
-        """Whether new shapes may be compiled at all."""
+        """Whether compiled kernels are used at all."""
         return self._call is not None and self._call.is_compiled
 
     @property
@@ -57,13 +45,11 @@ class FastUnet:
         """The UNet's forward."""
         if self._is_plain:
             self._ran_compiled = False
-            return self._plain(sample, timestep, encoder_hidden_states, **options)
+            return self._forward(sample, timestep, encoder_hidden_states, **options)
         if isinstance(timestep, torch.Tensor):
             # Some solvers count in whole numbers; the UNet makes this of them, and would need a graph for each kind.
             timestep = timestep.float()
-        # What was compiled for one number of rows does for all others, but for a single one, without guidance.
-        shape = (len(sample) > 1, sample.shape[1:], encoder_hidden_states.shape[1:])
-        is_compiled = self.may_be_compiled and FastParts.take(options) and self._shapes.take(shape)
+        is_compiled = self.may_be_compiled and FastParts.take(options)
         if is_compiled and self._parts is not None:
             if not self._parts.has_room_for(encoder_hidden_states):
                 self.forget()
@@ -71,10 +57,6 @@ class FastUnet:
         made = self._graphed(is_compiled, sample, timestep, encoder_hidden_states, **options)
         self._ran_compiled = is_compiled and self.may_be_compiled
         return made
-
-    def settle(self) -> None:
-        """Compile no more shapes than there are now."""
-        self._shapes.settle()
 
     def forget(self) -> None:
         """Free the memory of the graphs; they are made again when they are needed."""
@@ -94,34 +76,24 @@ class FastUnet:
     def _launch(self, is_compiled: bool, *arguments: Any, **options: Any) -> Any:
         if is_compiled and self._call is not None:
             return self._call(*arguments, **options)
-        return self._plain(*arguments, **options)
-
-    def _plain(self, *arguments: Any, **options: Any) -> Any:
-        if self._call is None:
-            return self._forward(*arguments, **options)
-        return _as_it_came(self._forward, *arguments, **options)
+        return self._forward(*arguments, **options)
 
 
 def fast_unet(unet: Any, device: str) -> FastUnet:
     """``unet``, whose projections are fused on a GPU, as fast as may be there."""
     if not may_compile(device):
         return FastUnet(unet, None)
+    operations = fast_operations(device, unet.dtype)
+    if operations == Operations():  # no kernel runs here, which was logged
+        return FastUnet(unet, None)
     forward: Callable[..., Any] = unet.forward
-    parts = FastParts(unet, fast_operations(device, unet.dtype))
+    parts = FastParts(unet, operations)
 
     def compiled(*arguments: Any, **options: Any) -> Any:
         with parts.running():
             return forward(*arguments, **options)
 
-    compile_regions(unet)
-    return FastUnet(unet, CompiledCall(partial(_as_it_came, forward), compiled=compiled, name="SDXL's UNet"), parts)
-
-
-def compile_regions(unet: Any, **options: Any) -> None:
-    """Have the regions of ``unet`` compiled as they are called; ``options`` are ``torch.compile``'s."""
-    for region in _outermost(unet):
-        region.compile(fullgraph=True, dynamic=False, **options)
-        region._compiled_call_impl = partial(_with_any_rows, region._compiled_call_impl)
+    return FastUnet(unet, CompiledCall(forward, compiled=compiled, name="SDXL's UNet"), parts)
 
 
 def fuse_projections(unet: Any) -> None:
@@ -153,42 +125,3 @@ class _Part(torch.nn.Module):  # type: ignore[misc]
         (layer,) = self._layer
         bias = None if layer.bias is None else layer.bias[self._rows]
         return torch.nn.functional.linear(given, layer.weight[self._rows], bias)
-
-
-class CompiledShapes:
-    """The shapes that run compiled: all that came before it was settled."""
-
-    def __init__(self) -> None:
-        self._shapes: set[Hashable] = set()
-        self._is_settled = False
-
-    def take(self, shape: Hashable) -> bool:
-        """Whether ``shape`` runs compiled."""
-        if not self._is_settled:
-            self._shapes.add(shape)
-        return shape in self._shapes
-
-    def settle(self) -> None:
-        """Take no more."""
-        self._is_settled = True
-
-
-def _outermost(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    for child in module.children():
-        if type(child).__name__ in REGIONS:
-            yield child
-        else:
-            yield from _outermost(child)
-
-
-def _with_any_rows(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call it with the first size of each tensor left open, whatever is said of the others."""
-    for leaf in tree_leaves((arguments, options)):
-        if isinstance(leaf, torch.Tensor):
-            torch._dynamo.maybe_mark_dynamic(leaf, 0)
-    return call(*arguments, **options)
-
-
-def _as_it_came(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    with torch.compiler.set_stance("force_eager"):
-        return forward(*arguments, **options)

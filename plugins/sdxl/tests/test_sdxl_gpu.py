@@ -133,10 +133,15 @@ def test_each_kernel_is_as_exact_as_bfloat16_lets_it_be(rows: int, edge: int, ch
         assert far(kernels.geglu(hidden, wide, wide_bias), expected) < 4e-3
     picture = noise(rows, channels, edge, edge + 1).contiguous(memory_format=torch.channels_last) + 2
     norm = torch.nn.GroupNorm(32, channels, device="cuda", dtype=torch.bfloat16)
-    for is_gated in (False, True):
-        with torch.no_grad():
-            made = kernels.group_norm(picture, norm, is_gated)
-            assert far(made, exact.group_norm(picture.float(), deepcopy(norm).float(), is_gated)) < 4e-3
+    time = noise(rows, channels)
+    with torch.no_grad():
+        for added in (None, time):
+            for is_gated in (False, True):
+                made = kernels.group_norm(picture, added, norm, is_gated)
+                moved = picture.float() if added is None else picture.float() + time.float()[:, :, None, None]
+                assert far(made, exact.group_norm(moved, None, deepcopy(norm).float(), is_gated)) < 4e-3
+    expected = exact.add_up(picture.float(), picture.float() * 2, bias.float())
+    assert far(kernels.add_up(picture.clone(), picture * 2, bias), expected) < 4e-3
     assert torch.equal(kernels.weave(picture), exact.weave(picture))
 
 
@@ -144,7 +149,7 @@ def test_all_kernels_are_in_use_on_this_card() -> None:
     from ourvidz_sdxl.operations import Operations, fast_operations
 
     found = fast_operations("cuda", torch.bfloat16)
-    for name in ("layer_norm", "geglu", "group_norm", "weave"):
+    for name in ("layer_norm", "geglu", "group_norm", "add_up", "weave"):
         assert getattr(found, name) is not getattr(Operations(), name), name
 
 
