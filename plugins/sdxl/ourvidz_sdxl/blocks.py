@@ -124,8 +124,10 @@ class TextKeys:
     def prepare(self, text: torch.Tensor) -> None:
         """Make those of ``text`` (texts, tokens, channels), where that is not done."""
         size = text.shape[:2]
+        # Tensors that were made in inference mode count no versions.
+        version = 0 if text.is_inference() else text._version
         known = self._texts.get(size)
-        if known is not None and known[0] is text and known[1] == text._version:
+        if known is not None and known[0] is text and known[1] == version:
             return
         if size not in self._made:
             # Tensors made in inference mode could not be written to outside of it.
@@ -135,7 +137,7 @@ class TextKeys:
         flat = text.reshape(-1, text.shape[-1])
         for layer, made in zip(self._layers, self._made[size], strict=True):
             torch.mm(flat, layer.weight.t(), out=made.view(-1, made.shape[-1]))
-        self._texts[size] = (text, text._version)
+        self._texts[size] = (text, version)
 
     def forget(self) -> None:
         """Free them."""

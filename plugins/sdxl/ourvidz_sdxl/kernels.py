@@ -228,7 +228,8 @@ def _moments(picture, means, spreads, pixels, channels, PIXELS: tl.constexpr, CH
     tl.store(spreads + made, tl.sum(centred * centred, axis=0), mask=channel < channels)
 
 
-@triton.jit
+# Compiled once for each size of a group, and not for each kind of number.
+@triton.jit(do_not_specialize=["pixels", "channels", "chunks", "in_group"])
 def _factors(
     means,
     spreads,
