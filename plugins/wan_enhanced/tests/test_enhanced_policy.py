@@ -363,24 +363,3 @@ def test_any_prompt_becomes_a_picture_that_says_what_it_was_made_of(
         assert written["prompt"] == prompt
         assert "original_prompt" not in written
         assert callback.metadata["enhancement"].startswith("failed (")
-
-
-def test_wan_as_a_subprocess_gets_the_enhanced_prompt_too(tmp_path, wan_dir, qwen_dir, monkeypatch, tiny_qwen):
-    monkeypatch.setenv("OURVIDZ_WAN_CKPT_DIR", str(wan_dir))
-    monkeypatch.setenv("OURVIDZ_WAN_RUN_AS", "subprocess")
-    monkeypatch.setenv("OURVIDZ_ENHANCER_MODEL", str(qwen_dir))
-    message = {
-        "id": "job-1",
-        "type": "image7b_fast_enhanced",
-        "prompt": PROMPT,
-        "user_id": "u",
-        "config": {"sample_steps": 1},
-    }
-    with PluginHost(tmp_path, plugin_module(plugin, distribution="ourvidz-wan-enhanced")) as host:
-        callback = host.run(message).callback
-        assert callback.status is JobStatus.COMPLETED, callback.error_message
-        written = read_facts(host.assets_dir / "image7b_fast_enhanced" / callback.assets[0])
-    assert callback.enhanced_prompt == written["prompt"] == PROMPT + tiny_qwen.ADDITION
-    assert (written["original_prompt"], written["enhancement"]) == (PROMPT, "applied")
-    assert callback.metadata["enhancement"] == "applied"
-    assert callback.metadata["steps"] == 1
