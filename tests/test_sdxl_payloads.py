@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ourvidz_core.engine.provenance import DIGITAL_SOURCE_TYPE
+from ourvidz_core.testing.fixtures import isolated_host
 from ourvidz_core.testing.servers import FileServer
-from tests.deployment import Run, names, payload, run_payloads
+from tests.deployment import EXAMPLE_HOST, Run, names, payload, run_payloads
 
 pytest.importorskip("ourvidz_sdxl")
 
@@ -19,30 +21,35 @@ pytestmark = pytest.mark.timeout(300)
 ALL = names("sdxl_*.json")
 BLOB = "sdxl_image_fast_ref_blob_upload"
 AGAIN = ["sdxl_image_fast_n3", "sdxl_image_fast_ref_style"]
+REFERENCE = "/object/sign/reference_images/u/1752950000000-ref.png"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """All messages, and some again in a run that shares nothing but the model's files and the reference image."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from examples.models import tiny_sdxl
 
+    directory = tmp_path_factory.mktemp("sdxl") / "model"
+    tiny_sdxl.save_directory(tiny_sdxl.build_pipeline(), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").resize((480, 832)).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, picture: bytes, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All messages, by one worker."""
     directory = tmp_path_factory.mktemp("payloads")
-    model = directory / "model"
-    tiny_sdxl.save_directory(tiny_sdxl.build_pipeline(), model)
-    picture = io.BytesIO()
-    Image.radial_gradient("L").resize((480, 832)).convert("RGB").save(picture, "PNG")
-    paths = {"/object/sign/reference_images/u/1752950000000-ref.png": picture.getvalue()}
-    with FileServer(paths) as server:
-        one, two = (
-            run_payloads(directory / name, chosen, "sdxl_queue", server, OURVIDZ_SDXL_MODEL=str(model))
-            for name, chosen in (("one", ALL), ("two", AGAIN))
-        )
-    return one, two
+    with FileServer({REFERENCE: picture}) as server:
+        return run_payloads(directory, ALL, "sdxl_queue", server, OURVIDZ_SDXL_MODEL=str(model))
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != BLOB])
-def test_a_message_of_the_producer_completes_with_the_pictures_it_asked_for(runs: tuple[Run, Run], name: str) -> None:
-    run, _ = runs
+def test_a_message_of_the_producer_completes_with_the_pictures_it_asked_for(run: Run, name: str) -> None:
     asked = payload(name)
     assert [body["status"] for body in run.all(name)] == ["processing", "completed"]
     body = run.last(name)
@@ -54,17 +61,17 @@ def test_a_message_of_the_producer_completes_with_the_pictures_it_asked_for(runs
     assert [picture.size for picture in run.pictures(name)] == [(128, 128)] * count
 
 
-def test_a_seed_of_zero_is_honoured(runs: tuple[Run, Run]) -> None:
-    assert runs[0].last("sdxl_image_fast_seed0")["metadata"]["seed"] == 0
+def test_a_seed_of_zero_is_honoured(run: Run) -> None:
+    assert run.last("sdxl_image_fast_seed0")["metadata"]["seed"] == 0
 
 
-def test_three_images_are_three_different_images(runs: tuple[Run, Run]) -> None:
-    pictures = [picture.convert("RGB").tobytes() for picture in runs[0].pictures("sdxl_image_fast_n3")]
+def test_three_images_are_three_different_images(run: Run) -> None:
+    pictures = [picture.convert("RGB").tobytes() for picture in run.pictures("sdxl_image_fast_n3")]
     assert len(set(pictures)) == 3
 
 
-def test_a_reference_that_only_a_browser_has_fails_the_job_with_its_reason(runs: tuple[Run, Run]) -> None:
-    body = runs[0].last(BLOB)
+def test_a_reference_that_only_a_browser_has_fails_the_job_with_its_reason(run: Run) -> None:
+    body = run.last(BLOB)
     assert body["status"] == "failed"
     assert body["assets"] == []
     assert body["metadata"]["error_type"] == "ReferenceRefused"
@@ -72,23 +79,38 @@ def test_a_reference_that_only_a_browser_has_fails_the_job_with_its_reason(runs:
 
 
 @pytest.mark.parametrize("name", ["sdxl_image_fast_ref_style", "sdxl_image_fast_regenerate"])
-def test_a_reference_is_applied_and_the_method_named(runs: tuple[Run, Run], name: str) -> None:
-    metadata = runs[0].last(name)["metadata"]
+def test_a_reference_is_applied_and_the_method_named(run: Run, name: str) -> None:
+    metadata = run.last(name)["metadata"]
     assert (metadata["reference_applied"], metadata["reference_method"]) == (True, "img2img")
     assert metadata["reference_mode"] == "single"
 
 
-def test_two_fresh_set_ups_store_identical_bytes_under_identical_paths(runs: tuple[Run, Run]) -> None:
-    one, two = runs
-    assert len(one.objects) == 8
-    assert len(two.objects) == 4
-    assert all(one.objects[key].body == two.objects[key].body for key in two.objects)
+def test_another_set_up_stores_identical_bytes_under_identical_paths(
+    run: Run, model: Path, picture: bytes, tmp_path: Path
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    with isolated_host(
+        tmp_path,
+        plugins=["ourvidz-sdxl"],
+        environ={"OURVIDZ_SDXL_MODEL": str(model)},
+        references={f"{EXAMPLE_HOST.decode()}{REFERENCE}?token=t": picture},
+    ) as host:
+        for name in AGAIN:
+            host.run(payload(name))
+        stored = [path for path in host.assets_dir.rglob("*") if path.is_file()]
+        assert len(run.objects) == 8
+        assert len(stored) == 4
+        for path in stored:
+            bucket, _, key = path.relative_to(host.assets_dir).as_posix().partition("/")
+            assert path.read_bytes() == run.objects[bucket, key].body
 
 
-def test_a_picture_says_what_made_it(runs: tuple[Run, Run]) -> None:
-    (picture,) = runs[0].pictures("sdxl_image_high")
+def test_a_picture_says_what_made_it(run: Run) -> None:
+    (picture,) = run.pictures("sdxl_image_high")
     facts = picture.text
     assert facts["prompt"].startswith("a lighthouse")
-    assert facts["seed"] == str(runs[0].last("sdxl_image_high")["metadata"]["seed"])
+    assert facts["seed"] == str(run.last("sdxl_image_high")["metadata"]["seed"])
     assert facts["digital_source_type"] == DIGITAL_SOURCE_TYPE
     assert DIGITAL_SOURCE_TYPE in facts["XML:com.adobe.xmp"]

@@ -150,7 +150,7 @@ def led(wan, tmp_path_factory):
     case = next(iter(reference_frames.make_cases(1, wan, tmp_path_factory.mktemp("references"))))
 
     def video(taken=None):
-        return reference_frames.generate(wan, case, 5, taken, frames=41)
+        return reference_frames.generate(wan, case, 4, taken, frames=25)
 
     free = video()
 
@@ -178,7 +178,7 @@ def test_what_is_asked_to_move_moves_there(wan):
         width=train_wan.SIZES[0][0],
         height=train_wan.SIZES[0][1],
         num_frames=train_wan.FRAMES,
-        num_inference_steps=8,
+        num_inference_steps=6,
         guidance_scale=6.5,
         generator=[torch.Generator().manual_seed(1) for _ in asked],
         output_type="pt",

@@ -197,12 +197,3 @@ def test_the_encoding_cache_stays_small(models):
     for shade in range(12):
         encode_still(models, Image.new("RGB", SIZE, (shade, 0, 0)), 1)
     assert len(models.stills) <= 8
-
-
-def test_81_frames_of_25_steps_take_seconds(models, asking, pictures):
-    import time
-
-    started = time.perf_counter()
-    made = sample(asking(frame_num=81, sample_steps=25, first_frame=pictures["lake"]), models, quietly)
-    assert made.frames.shape == (81, 80, 48, 3)
-    assert time.perf_counter() - started < 10

@@ -16,6 +16,7 @@ from ourvidz_wan.job_types import JOB_TYPES as WAN_JOB_TYPES
 from ourvidz_wan_enhanced import plugin
 from ourvidz_wan_enhanced.job_types import JOB_TYPES, EnhancedConfig
 
+from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.protocol import decode_job, encode_job
 from ourvidz_core.errors import PayloadError
 from ourvidz_core.testing.host import PluginHost, plugin_module
@@ -144,10 +145,10 @@ def test_references_run_as_on_the_plain_types(roles, context_of, pictures, qwen_
     enhanced = attrs.evolve(plugin.parse_job(TYPES["video7b_fast_enhanced"], payload), references=references)
     off = attrs.evolve(enhanced, config=attrs.evolve(enhanced.config, enhance_prompt=False))
     assert isinstance(enhanced.config, EnhancedConfig)
-    runs = {}
+    runs, models = {}, ModelCache()
     of_the_file = ("--save_file=", "--metadata=")
     for name, hooks, job in (("plain", wan_plugin, plain), ("off", plugin, off), ("on", plugin, enhanced)):
-        context = context_of(model=qwen_dir)
+        context = context_of(model=qwen_dir, models=models)
         prepared = hooks.prepare_job(job, context)
         command = hooks.build_command(prepared, context)
         generation = hooks.generate(prepared, command, context)
