@@ -15,7 +15,7 @@ from examples.models import measure, scenes, training, vocabularies
 
 @pytest.mark.parametrize("blur", [0.0, 1.2], ids=["sharp", "soft"])
 def test_measuring_finds_colour_and_shape_of_drawn_pictures(blur):
-    drawn = scenes.draw_scenes(48, 3, video=False)
+    drawn = scenes.draw_scenes(24, 3, video=False)
     pixels = training.bytes_of(scenes.render(drawn, 128, 128))
     seen = [measure.see_picture(ndimage.gaussian_filter(one, (blur, blur, 0))) for one in pixels]
     assert [(s.colour, s.shape, s.background) for s in seen] == [(s.colour, s.shape, s.background) for s in drawn]

@@ -71,7 +71,7 @@ def test_callback_is_told_what_ran(new_context: NewContext) -> None:
 
 
 def test_file_says_what_made_it(new_context: NewContext) -> None:
-    a_job = job(prompt="a red fox", negative_prompt="text", config={"seed": 7, "num_images": 3})
+    a_job = job(prompt="a red fox", negative_prompt="text", config={"seed": 7, "num_images": 3, **FEW_STEPS})
     facts = read_facts(made(a_job, new_context()).artifacts[1].path)
     expected = {
         "prompt": "a red fox",
@@ -80,7 +80,7 @@ def test_file_says_what_made_it(new_context: NewContext) -> None:
         "base_seed": "7",
         "width": "128",
         "height": "128",
-        "steps": "15",
+        "steps": "2",
         "guidance_scale": "6.0",
         "scheduler": "EulerDiscreteScheduler",
         "model": "tiny-sdxl",
@@ -121,9 +121,9 @@ def test_image_of_a_batch_is_the_image_of_its_seed(
 ) -> None:
     reference = reference_png if with_reference else None
     batch = job(
-        config={"seed": 10, "num_images": 3, "sample_solver": solver, "num_inference_steps": 8}, reference=reference
+        config={"seed": 10, "num_images": 3, "sample_solver": solver, "num_inference_steps": 4}, reference=reference
     )
-    single = job(config={"seed": 12, "sample_solver": solver, "num_inference_steps": 8}, reference=reference)
+    single = job(config={"seed": 12, "sample_solver": solver, "num_inference_steps": 4}, reference=reference)
     images = made(batch, new_context())
     assert images.facts["batch_sizes"] == [3]
     assert_same_picture(images.artifacts[2], made(single, new_context()).artifacts[0])
@@ -141,9 +141,9 @@ def test_noise_of_an_ancestral_scheduler_is_each_images_own(
     reference = reference_png if with_reference else None
     try:
         batch = made(
-            job(config={"seed": 10, "num_images": 3, "num_inference_steps": 5}, reference=reference), new_context()
+            job(config={"seed": 10, "num_images": 3, "num_inference_steps": 3}, reference=reference), new_context()
         )
-        single = made(job(config={"seed": 12, "num_inference_steps": 5}, reference=reference), new_context())
+        single = made(job(config={"seed": 12, "num_inference_steps": 3}, reference=reference), new_context())
     finally:
         model._own_scheduler = own
     assert single.facts["scheduler"] == "EulerAncestralDiscreteScheduler"

@@ -32,7 +32,7 @@ TYPES = ("style", "composition", "character")
 
 
 #: Enough to see an effect.
-FEW_STEPS = {"seed": 30, "num_inference_steps": 4}
+FEW_STEPS = {"seed": 30, "num_inference_steps": 2}
 
 
 def with_reference(reference: Path, **config: Any) -> Job:
@@ -200,7 +200,7 @@ def test_ip_adapter_acts_where_it_is_configured(
         for strength in (0.1, 1.0)
     )
     assert strong.facts["reference_method"] == method
-    assert strong.facts["steps"] == 4
+    assert strong.facts["steps"] == 2
     plain = pixels(without.artifacts[0])
     little, much = (np.abs(pixels(made_.artifacts[0]) - plain).mean() for made_ in (weak, strong))
     assert 0 < little < much
