@@ -165,12 +165,13 @@ def test_two_owners_of_one_type_stop_every_command_with_both_names_and_the_cure(
     ourvidz: Run, site: Path, command: tuple[str, ...]
 ) -> None:
     make_distribution(site, "acme-toy", toy.SOURCE, version="0.3")
-    done = ourvidz(*command, OURVIDZ_ALLOW_PLUGINS="ourvidz-toy,acme-toy")
+    both = {"OURVIDZ_ALLOW_PLUGINS": "ourvidz-toy,acme-toy"}
+    done = ourvidz(*command, **both)
     assert done.returncode == 2
     assert "acme-toy 0.3 and ourvidz-toy 1.0" in done.stderr
     assert "OURVIDZ_BLOCK_PLUGINS=ourvidz-toy" in done.stderr
-    cured = ourvidz("job-types", OURVIDZ_ALLOW_PLUGINS="ourvidz-toy,acme-toy", OURVIDZ_BLOCK_PLUGINS="ourvidz-toy")
-    assert cured.returncode == 0
+    if command == ("job-types",):
+        assert ourvidz(*command, **both, OURVIDZ_BLOCK_PLUGINS="ourvidz-toy").returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ pytest.importorskip("ourvidz_wan")
 
 QUEUE = "wan_queue"
 #: video_high is the job type for scripts that do not end by themselves.
-SECONDS = {"video_high": 1.5, "video_fast": 60}
+SECONDS = {"video_high": 0.8, "video_fast": 60}
 #: Before this much more the failure must be reported.
 PATIENCE = 3.0
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +77,10 @@ class AbsentQueue(MemoryQueue):
         super().__init__()
         self.is_away = False
         self.renewals = 0
+
+    def wait(self, queues: Sequence[str], timeout: float) -> None:
+        """Not for as long as a worker that has nothing to do may; its end would be waited for, too."""
+        super().wait(queues, min(timeout, 0.1))
 
     def finish(self, *arguments: object, **options: object) -> FinishAnswer:
         if self.is_away:
