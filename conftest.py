@@ -11,13 +11,22 @@ import pytest
 #: Begun first, so that at the end no process works on one of them alone while the others have nothing left.
 LONGEST_FILES = (
     "test_worker.py",
-    "test_wan_payloads.py",
-    "test_sdxl_payloads.py",
+    "test_demo_models.py",
     "test_enhanced_worker.py",
+    "test_queue.py",
+    "test_cli.py",
     "test_chaos.py",
-    "test_worker_loop.py",
-    "test_enhanced_policy.py",
     "test_engine_process.py",
+    "test_wan_subprocesses.py",
+    "test_wan_generate.py",
+    "test_wan_payloads.py",
+    "test_sdxl_generation.py",
+    "test_sdxl_references.py",
+    "test_commands.py",
+    "test_up.py",
+    "test_sdxl_payloads.py",
+    "test_wan_plugin.py",
+    "test_enhanced_policy.py",
 )
 
 

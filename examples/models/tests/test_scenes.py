@@ -24,7 +24,7 @@ def test_measuring_finds_colour_and_shape_of_drawn_pictures(blur):
 def test_measuring_finds_every_motion_of_drawn_videos():
     drawn = {scene.motion: scene for scene in scenes.draw_scenes(60, 3, video=True)}
     assert set(drawn) == set(scenes.MOTIONS)
-    videos = training.bytes_of(scenes.render_frames(list(drawn.values()), 64, 112, 81))
+    videos = training.bytes_of(scenes.render_frames(list(drawn.values()), 64, 112, 41))
     seen = [measure.see_video(video) for video in videos]
     assert [(s.colour, s.motion) for s in seen] == [(s.colour, s.motion) for s in drawn.values()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import signal
@@ -113,8 +114,14 @@ def small_models(tiny_wan, tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    """The models of a task, loaded once."""
+    return functools.cache(lambda directory, task: load_models(directory, TASKS[task]))
+
+
 @pytest.fixture
-def made(small_models, model_dir, tmp_path):
+def made(small_models, model_dir, loaded, tmp_path):
     """The frames that a task makes, and its facts."""
     directories = {
         "i2v-14B": small_models / "i2v",
@@ -137,7 +144,7 @@ def made(small_models, model_dir, tmp_path):
             **options,
         }
         arguments = parse_arguments([f"--{name}={value}" for name, value in given.items()])
-        result = run(arguments, load_models(directory, arguments.task), quietly)
+        result = run(arguments, loaded(directory, arguments.task.name), quietly)
         return (target.read_bytes() if frames == 1 else read_video(target)), result
 
     return make
