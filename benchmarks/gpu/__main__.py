@@ -43,6 +43,7 @@ REASON = 900
 MODELS = {
     "wan": ("wan",),
     "sdxl": ("sdxl",),
+    "sdxl_exact": ("sdxl",),
     "qwen": ("qwen",),
     "memory": ("wan", "sdxl", "qwen"),
     "service": ("sdxl",),

@@ -33,6 +33,7 @@ def open_group(name: str, scale: Scale, models: Models, out: Path) -> Any:
     module, made = {
         "wan": ("wan", "Wan"),
         "sdxl": ("sdxl", "Sdxl"),
+        "sdxl_exact": ("sdxl", "SdxlExact"),
         "qwen": ("qwen", "Qwen"),
         "exact": ("exact", "Exact"),
         "memory": ("memory", "Memory"),

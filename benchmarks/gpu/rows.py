@@ -125,7 +125,7 @@ ROWS = (
         target=4.0,
         floor=6 * SDXL_IMAGE,
     ),
-    Row(name="sdxl_exact", group="sdxl", what="its latents, relative error", unit="", target=2e-2),
+    Row(name="sdxl_exact", group="sdxl_exact", what="its latents, relative error", unit="", target=2e-2),
     Row(
         name="qwen150",
         group="qwen",
