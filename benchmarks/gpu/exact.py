@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.models import Models
 from benchmarks.gpu.rows import SMALL, Measured, Scale
-from benchmarks.gpu.sdxl import Sdxl
+from benchmarks.gpu.sdxl import SdxlExact
 from benchmarks.gpu.wan import Wan
 
 
@@ -24,5 +24,5 @@ class Exact:
         """On a processor, where everything is in single precision."""
         with torch.no_grad():
             wan = Wan(SMALL, self._models, self._out).measure("wan_exact").ours
-            sdxl = Sdxl(SMALL, self._models, self._out).measure("sdxl_exact").ours
+            sdxl = SdxlExact(SMALL, self._models, self._out).measure("sdxl_exact").ours
         return Measured(ours=max(wan, sdxl), facts={"wan": wan, "sdxl": sdxl})
