@@ -204,13 +204,11 @@ def test_a_pin_that_reaches_its_neighbours_jumps_less_than_a_plain_one(led):
 def test_led_videos_neither_jump_nor_stand_still(wan, tmp_path):
     cases = list(reference_frames.make_cases(3, wan, tmp_path))
     free = [reference_frames.generate(wan, case, 15) for case in cases]
-    own_jump = reference_frames.summary(cases, free, free)["jump at the start"]
     for mode, options in {**reference_frames.MODES, "single": {"image": "first"}}.items():
         made = [reference_frames.generate(wan, case, 15, options) for case in cases]
         figures = reference_frames.summary(cases, made, free)
         assert figures["motion"] >= 0.5, mode
-        assert figures["jump at the start"] <= 1.25 * own_jump, mode
-        assert figures["jump at the end"] <= 1.5, mode
+        assert max(figures["jump at the start"], figures["jump at the end"]) <= 1.5, mode
 
 
 def test_no_file_is_too_large_for_a_repository():
