@@ -208,6 +208,9 @@ def test_a_lack_of_memory_on_another_gpu_is_one_of_the_job(
     world = DrawingRanks(2, "cpu")
     monkeypatch.setattr(ranks, "_ranks", world)
     said = encode_error(OutOfMemory("one image of 128x128 does not fit into the memory of cuda"))
+    models = ModelCache()
+    freed: list[str] = []
+    monkeypatch.setattr(models, "free_others", lambda: freed.append("the first GPU"))
 
     class Full(RecordingContext):
         def progress(self, step: int, total: int, *, stage: str = "generate") -> None:
@@ -218,9 +221,12 @@ def test_a_lack_of_memory_on_another_gpu_is_one_of_the_job(
 
     try:
         with pytest.raises(OutOfMemory, match=r"rank 1 \(cpu, process \d+\): one image of 128x128 does not fit"):
-            made(job(config={"num_images": 3, "num_inference_steps": 30}), new_context(kind=Full, gpus=2))
+            made(
+                job(config={"num_images": 3, "num_inference_steps": 30}), new_context(kind=Full, models=models, gpus=2)
+            )
     finally:
         world.close()
+    assert not freed
 
 
 @pytest.mark.slow

@@ -31,6 +31,10 @@ ARRIVE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 
 
+class _BrokenElsewhere(Exception):
+    """Ends rank 0's part for what went wrong on another rank, a lack of memory perhaps, which is not its own."""
+
+
 @define(eq=False)
 class _Part:
     """What one rank draws of a job, as far as it has come."""
@@ -117,7 +121,10 @@ class DrawingRanks:
             nonlocal last
             last = (step, total)
             on_step(step, total, latents)
-            self._raise_if_broken(parts)
+            try:
+                self._raise_if_broken(parts)
+            except JobError as error:
+                raise _BrokenElsewhere from error
 
         try:
             self._await_stopped(lambda: progress(*last))
@@ -129,12 +136,14 @@ class DrawingRanks:
                 progress(*last)
                 self._raise_if_broken(parts)
             self._raise_if_broken(parts)
-        except BaseException:
+        except BaseException as error:
             for part in parts:
                 part.is_stopped = True
                 self.followers.tell(part.rank, kind="stop")
             if not self.followers.is_well:
                 self.close()
+            if isinstance(error, _BrokenElsewhere):
+                self._raise_if_broken(parts)
             raise
         return self._joined(own, requests, parts)
 
