@@ -56,7 +56,7 @@ class Sdxl:
 
         variant = read_variant(self._directory, SdxlVariant)
         pipeline = load_pipeline(self._directory, device=self._scale.device, variant=variant)
-        # As a worker warms up: the compiler fits its kernels to what it sees first.
+        # As a worker warms up, which begins with the most images.
         self._draw(pipeline, self._scale.images, 1, _prompt(0))
         return pipeline
 

@@ -105,7 +105,7 @@ def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
     model = warm.model
     presets: list[SdxlConfig] = [job_type.preset for job_type in job_types]
     sizes = sorted({model.variant.size_for(preset.width, preset.height) for preset in presets})
-    # The largest first: the compiler fits its kernels to what it sees first.
+    # The largest first: the graphs of all others find room in the memory of its own.
     counts = part_sizes(IMAGE_COUNTS, settings.gpus) if model.may_be_compiled else (1,)
     for (width, height), count in product(sizes, counts):
         began, before = time.monotonic(), compiled_so_far()

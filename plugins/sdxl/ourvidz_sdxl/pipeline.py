@@ -181,7 +181,7 @@ class SdxlPipeline:
 
     @property
     def may_be_compiled(self) -> bool:
-        """Whether new shapes may be compiled; see :meth:`settle`."""
+        """Whether the UNet has compiled kernels, and the decoder is compiled for shapes until :meth:`settle`."""
         return self._unet.may_be_compiled
 
     def forget_graphs(self) -> None:
