@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import av
 import numpy as np
@@ -133,22 +134,37 @@ def test_what_goes_wrong_while_parts_are_written_is_raised_in_the_end(tmp_path):
         writer.wait()
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers that interrupt")
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="there are no signals to threads")
 def test_who_breaks_off_the_waiting_ends_the_writing(tmp_path):
     """Else the thread goes on, and its file is there again after it was removed."""
+    is_broken_off = threading.Event()
 
-    def interrupt(_number, _frame):
-        raise SystemExit(143)
+    def break_off(_number, _frame):
+        if not is_broken_off.is_set():
+            is_broken_off.set()
+            raise SystemExit(143)
+
+    def keep_asking(waiting):
+        # One signal may come just before the thread falls asleep, and would not wake it.
+        while not is_broken_off.wait(0.05):
+            signal.pthread_kill(waiting, signal.SIGUSR1)
 
     writer = VideoWriter(tmp_path / "moving.mp4", FACTS, fps=16)
     writer.add(moving())
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    before = signal.signal(signal.SIGUSR1, break_off)
+    asking = threading.Thread(target=keep_asking, args=(threading.get_ident(),))
+
+    def wait_for_frames_that_nobody_adds():
+        asking.start()
+        writer.wait()
+
     try:
         with pytest.raises(SystemExit):
-            writer.wait()  # for frames that nobody adds
+            wait_for_frames_that_nobody_adds()
     finally:
-        signal.signal(signal.SIGALRM, before)
+        is_broken_off.set()
+        asking.join()
+        signal.signal(signal.SIGUSR1, before)
     assert writer._written.done()
     (tmp_path / "moving.mp4").unlink()
     assert list(tmp_path.iterdir()) == []
