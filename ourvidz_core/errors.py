@@ -200,6 +200,8 @@ class OutOfMemory(GenerationError):
     """The device has too little memory for this job."""
 
     is_transient = True
+    #: Whether it is this process's own device: what another rank lacks says nothing of what fits here.
+    is_here = True
 
 
 class CommandFailed(GenerationError):

@@ -142,11 +142,11 @@ def release_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device had too little memory. Told by names, so that core needs no torch."""
-    return (
-        isinstance(error, OutOfMemory)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
+    """Whether this process's device had too little memory. Told by names, so that core needs no torch."""
+    if isinstance(error, OutOfMemory):
+        return error.is_here
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
     )
 
 

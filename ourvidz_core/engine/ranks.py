@@ -232,7 +232,7 @@ class Followers:
             case "alive":
                 return
             case "failed":
-                self.note(error_of(str(follower), message["error_type"], message["message"]))
+                self.note(elsewhere(error_of(str(follower), message["error_type"], message["message"])))
             case _:
                 try:
                     self._on_answer(follower.rank, message)
@@ -284,6 +284,13 @@ def error_of(rank: str, error_type: str, message: str) -> JobError:
     if "out of memory" in said.lower() or error_type == "OutOfMemoryError":
         return OutOfMemory(f"a GPU has too little memory for its part of this job: {said}")
     return ModelUnavailable(said) if error_type == "ModelUnavailable" else EngineUnusable(said)
+
+
+def elsewhere(error: JobError) -> JobError:
+    """``error`` as one of another rank: where that lacked memory, nothing here has to make room."""
+    if isinstance(error, OutOfMemory):
+        error.is_here = False
+    return error
 
 
 def _threads(device: str) -> int:

@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from ourvidz_core.engine.ranks import Followers
+from ourvidz_core.engine.device_memory import is_out_of_memory
+from ourvidz_core.engine.ranks import Followers, elsewhere, error_of
 from ourvidz_core.errors import EngineUnusable, JobError, ModelUnavailable, OutOfMemory
 
 Start = Callable[..., Followers]
@@ -94,3 +95,11 @@ def test_a_rank_that_is_killed_or_stopped_is_named_and_nobody_is_left(start: Sta
         followers.wait_until(lambda: False, SECONDS)
     followers.close()
     assert not any(map(psutil.pid_exists, followers.pids))
+
+
+def test_what_another_rank_lacks_is_no_lack_of_memory_here() -> None:
+    said = ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB")
+    here, there = error_of("rank 0", *said), elsewhere(error_of("rank 1 (cuda:1, process 7)", *said))
+    assert (type(here), type(there)) == (OutOfMemory, OutOfMemory)
+    assert is_out_of_memory(here)
+    assert not is_out_of_memory(there)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ourvidz_core.engine.follower import Message
 from ourvidz_core.engine.protocol import decode_error
-from ourvidz_core.engine.ranks import SILENT_SECONDS, Followers, devices_of
+from ourvidz_core.engine.ranks import SILENT_SECONDS, Followers, devices_of, elsewhere
 from ourvidz_core.errors import EngineUnusable, JobError
 from ourvidz_sdxl.parallel.messages import read_pictures, say_request
 from ourvidz_sdxl.parallel.plan import GPUS_VARIABLE
@@ -29,10 +29,6 @@ STOP_SECONDS = 300.0
 #: Pixels that are drawn come in this time: the last of them are still decoded.
 ARRIVE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
-
-
-class _BrokenElsewhere(Exception):
-    """Ends rank 0's part for what went wrong on another rank, a lack of memory perhaps, which is not its own."""
 
 
 @define(eq=False)
@@ -121,10 +117,7 @@ class DrawingRanks:
             nonlocal last
             last = (step, total)
             on_step(step, total, latents)
-            try:
-                self._raise_if_broken(parts)
-            except JobError as error:
-                raise _BrokenElsewhere from error
+            self._raise_if_broken(parts)
 
         try:
             self._await_stopped(lambda: progress(*last))
@@ -136,14 +129,12 @@ class DrawingRanks:
                 progress(*last)
                 self._raise_if_broken(parts)
             self._raise_if_broken(parts)
-        except BaseException as error:
+        except BaseException:
             for part in parts:
                 part.is_stopped = True
                 self.followers.tell(part.rank, kind="stop")
             if not self.followers.is_well:
                 self.close()
-            if isinstance(error, _BrokenElsewhere):
-                self._raise_if_broken(parts)
             raise
         return self._joined(own, requests, parts)
 
@@ -218,7 +209,7 @@ class DrawingRanks:
             case "broken":
                 error = message["error"]
                 said = f"{self.followers.name(rank)}: {error['message']}"
-                part.error = decode_error({**error, "message": said})
+                part.error = elsewhere(decode_error({**error, "message": said}))
         del self._parts[key]
 
 
