@@ -9,12 +9,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from attrs import field, frozen
 
+from ourvidz_core.wire.findings import Finding
 from ourvidz_core.wire.payloads import structure
 
 #: A first contact with a driver that is not kept loaded takes its time.
@@ -68,6 +69,18 @@ def measure_gpus(environ: Mapping[str, str] = os.environ, *, timeout_seconds: fl
         said = done.stderr.strip().splitlines()
         return GpuReport(trouble=said[-1] if said else f"the look at it ended with {done.returncode}")
     return structure(json.loads(lines[-1]), GpuReport)
+
+
+def too_few(report: GpuReport, *, asked: int, needed: int, variable: str, job_types: Iterable[str]) -> Finding | None:
+    """What to say where ``needed`` GPUs cannot be seen, of the ``asked`` that the setting ``variable`` asks for."""
+    if len(report.gpus) >= needed:
+        return None
+    reason = f" ({report.trouble})" if report.trouble else ""
+    return Finding.red(
+        f"{variable} is {asked} and {len(report.gpus)} can be seen{reason}",
+        cure=f"give the worker {needed} GPUs (CUDA_VISIBLE_DEVICES), or lower {variable}",
+        job_types=job_types,
+    )
 
 
 def _look() -> dict[str, Any]:

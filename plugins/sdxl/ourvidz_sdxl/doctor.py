@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ourvidz_core.doctor.gpus import GpuReport, measure_gpus
+from ourvidz_core.doctor.gpus import GpuReport, measure_gpus, too_few
 from ourvidz_core.doctor.model_files import checksum_faults, folder_faults, pipeline_faults, size_gb, weights_fault
 from ourvidz_core.engine.variants import find_model
 from ourvidz_core.plugins.hookspecs import ReadSettings
@@ -43,14 +43,10 @@ def gpu_findings(settings: SdxlSettings, measure: Callable[[], GpuReport]) -> It
     """Whether a job finds the GPUs that share its images; nothing where one makes them all, which others look at."""
     if settings.gpus == 1:
         return
-    report, most = measure(), max(IMAGE_COUNTS)
-    if len(report.gpus) < settings.gpus:
-        reason = f" ({report.trouble})" if report.trouble else ""
-        yield Finding.red(
-            f"{GPUS_VARIABLE} is {settings.gpus} and {len(report.gpus)} can be seen{reason}",
-            cure=f"give the worker {settings.gpus} GPUs (CUDA_VISIBLE_DEVICES), or lower {GPUS_VARIABLE}",
-            job_types=TYPES,
-        )
+    most = max(IMAGE_COUNTS)
+    lack = too_few(measure(), asked=settings.gpus, needed=settings.gpus, variable=GPUS_VARIABLE, job_types=TYPES)
+    if lack is not None:
+        yield lack
     elif settings.gpus > most:
         yield Finding.yellow(
             f"a job has at most {most} images, and {settings.gpus} GPUs shall share them",

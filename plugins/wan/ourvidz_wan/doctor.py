@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ourvidz_core.doctor.gpus import GpuReport, measure_gpus
+from ourvidz_core.doctor.gpus import GpuReport, measure_gpus, too_few
 from ourvidz_core.doctor.model_files import checksum_faults, pipeline_faults, size_gb, weights_fault
 from ourvidz_core.engine.variants import find_model
 from ourvidz_core.plugins.hookspecs import ReadSettings
@@ -79,15 +79,11 @@ def gpu_findings(settings: WanSettings, measure: Callable[[], GpuReport]) -> Ite
     """Whether a job finds the GPUs that it shall use; nothing where it uses one, which others look at."""
     if settings.gpus == 1:
         return
-    report = measure()
     plan = plan_ranks(settings.gpus, heads=T2V_HEADS)
-    if len(report.gpus) < plan.ranks:
-        reason = f" ({report.trouble})" if report.trouble else ""
-        yield Finding.red(
-            f"{GPUS_VARIABLE} is {settings.gpus} and {len(report.gpus)} can be seen{reason}",
-            cure=f"give the worker {plan.ranks} GPUs (CUDA_VISIBLE_DEVICES), or lower {GPUS_VARIABLE}",
-            job_types=[job_type.name for job_type in JOB_TYPES],
-        )
+    types = [job_type.name for job_type in JOB_TYPES]
+    lack = too_few(measure(), asked=settings.gpus, needed=plan.ranks, variable=GPUS_VARIABLE, job_types=types)
+    if lack is not None:
+        yield lack
     elif plan.ranks < settings.gpus:
         yield Finding.yellow(f"a video runs on {plan.describe()}", cure=f"set {GPUS_VARIABLE} to {plan.ranks}")
     else:
