@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from attrs import evolve, frozen
@@ -68,8 +69,9 @@ class Operations:
     weave: Callable[[Tensor], Tensor] = weave
 
 
+@cache  # models are loaded anew wherever memory is short, and what runs stays the same
 def fast_operations(device: str, dtype: torch.dtype) -> Operations:
-    """Triton's, each of them tried, with torch's in place of one that does not run here, which is logged."""
+    """Triton's, each tried once in a process, with torch's in place of one that does not run here, which is logged."""
     from ourvidz_sdxl import kernels
 
     torchs, random = Operations(), torch.Generator(device).manual_seed(0)

@@ -168,7 +168,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_left_out_and_named(
         weave=torchs.weave,
     )
     monkeypatch.setitem(sys.modules, "ourvidz_sdxl.kernels", kernels)
-    found = fast_operations("cpu", torch.float32)
+    found = fast_operations.__wrapped__("cpu", torch.float32)  # what it finds here is for nobody else
     assert found == evolve(torchs, group_norm=kernels.group_norm)
     assert "layer_norm in Triton does not run on cpu, and SDXL is slower: no such instruction" in caplog.text
     assert "geglu in Triton is wrong by 0.1 on cpu" in caplog.text
