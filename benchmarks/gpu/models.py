@@ -133,9 +133,31 @@ def _shipped(name: str) -> dict[str, Any]:
     return {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
 
 
+def sdxl_unet() -> Any:
+    """SDXL's, on the GPU in bfloat16, with random weights."""
+    from diffusers import UNet2DConditionModel
+
+    return _on_gpu(
+        lambda: UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=[1, 2, 10],
+            attention_head_dim=[5, 10, 20],
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    )
+
+
 def _sdxl(directory: Path) -> None:
     import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
@@ -164,22 +186,7 @@ def _sdxl(directory: Path) -> None:
         hidden_act="gelu",
         **text,
     )
-    unet = _on_gpu(
-        lambda: UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=[1, 2, 10],
-            attention_head_dim=[5, 10, 20],
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-    )
+    unet = sdxl_unet()
     vae = _on_gpu(
         lambda: AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from ourvidz_sdxl.plugin import generate
 from ourvidz_sdxl.speed import fast_unet, fuse_projections
 from sdxl_support import job, made, pixels, warm_model
 
+from benchmarks.gpu.models import sdxl_unet
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.testing.doubles import RecordingContext
 
@@ -154,7 +154,7 @@ def test_all_kernels_are_in_use_on_this_card() -> None:
 
 
 def test_a_step_of_the_whole_unet_is_that_of_diffusers() -> None:
-    unet = full_unet()
+    unet = sdxl_unet()
     inputs = {
         rows: {
             "sample": noise(rows, 4, 128, 128),
@@ -175,30 +175,6 @@ def test_a_step_of_the_whole_unet_is_that_of_diffusers() -> None:
             print(f"{rows} rows: {distance:.4f} from diffusers, compiled: {fast.ran_compiled}")
             assert fast.ran_compiled
             assert distance < 2e-2
-
-
-def full_unet() -> Any:
-    """SDXL's, with random weights."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return UNet2DConditionModel(
-                sample_size=128,
-                block_out_channels=(320, 640, 1280),
-                layers_per_block=2,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                transformer_layers_per_block=[1, 2, 10],
-                attention_head_dim=[5, 10, 20],
-                cross_attention_dim=2048,
-                use_linear_projection=True,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=2816,
-            ).eval()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def test_the_decoder_s_attention_is_attention_in_bfloat16() -> None:
