@@ -102,7 +102,6 @@ class Weights:
         import torch
 
         copied = 0
-
         started = time.monotonic()
         shared = list(self._shared())
         with torch.inference_mode(False), torch.no_grad():
