@@ -120,12 +120,20 @@ class Scene:
         return (self.colour, self.shape, self.motion) in HELD_OUT_MOTIONS
 
 
-def draw_scenes(count: int, seed: int, *, video: bool, held_out: bool = False) -> list[Scene]:
-    """``count`` scenes, the same for the same ``seed``; all held out, or none of them."""
+def draw_scenes(
+    count: int, seed: int, *, video: bool, held_out: bool = False, weights: Mapping[str, float] | None = None
+) -> list[Scene]:
+    """``count`` scenes, the same for the same ``seed``; all held out, or none of them.
+
+    ``weights`` says of motions how many times as often as others they are drawn.
+    """
     chance = random.Random(f"{seed} {video} {held_out}")
+    most = max(1.0, *weights.values()) if weights else 1.0
     scenes: list[Scene] = []
     while len(scenes) < count:
         scene = _draw(chance, video=video)
+        if weights and chance.random() * most >= weights.get(scene.motion or "", 1.0):
+            continue
         is_wanted = (
             not scene.is_held_out if not held_out else (scene.is_held_out_motion if video else scene.is_held_out)
         )
