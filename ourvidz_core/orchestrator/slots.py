@@ -111,24 +111,18 @@ class Slot:
 
     def drain(self, now: float, *, starts_again: bool) -> bool:
         """Have the process end, for good or to make room for its successor. Answers whether it must be told to."""
-        if self.state is SlotState.DRAINING:
-            self._starts_again = self._starts_again and starts_again
-            return False
         if self.state in RUNNING:
+            must_be_told = self.state is not SlotState.DRAINING
             self._starts_again = starts_again
-            self._change(SlotState.DRAINING, now)
-            return True
+            if must_be_told:
+                self._change(SlotState.DRAINING, now)
+            return must_be_told
         if self.state is SlotState.WAITING:
             if starts_again:
                 self.start_at = min(self.start_at, now)
             else:
                 self._change(SlotState.STOPPED, now)
         return False
-
-    def keep(self) -> None:
-        """Have a successor follow a process that ends for good."""
-        if self.state is SlotState.DRAINING:
-            self._starts_again = True
 
     def exited(self, now: float, returncode: int, last_lines: Iterable[str] = ()) -> None:
         """The process is gone."""
@@ -151,22 +145,22 @@ class Slot:
 
 @define
 class Fleet:
-    """All slots, and what concerns more than one: a rolling restart, a new plan, and the end."""
+    """All slots, and what concerns more than one: a rolling restart with a new plan, and the end."""
 
     slots: dict[str, Slot]
     _patience: Patience = field(factory=Patience)
     is_ending: bool = False
-    #: The slot whose process is being replaced; the next one's turn comes when that is ready.
+    #: The slot whose process is being replaced; the next one's turn comes when that is ready or has left.
     rolling: str | None = None
     _to_roll: deque[str] = field(factory=deque)
-    #: Slots that are not planned any more; they end when their turn comes in a rolling restart.
-    _leaving: frozenset[str] = frozenset()
+    #: The workers that there shall be; other slots leave when their turn comes.
+    _planned: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, names: Iterable[str], patience: Patience, now: float) -> Fleet:
         """A fleet of which every worker is due now."""
         fleet = cls({}, patience)
-        fleet.plan(names, now)
+        fleet.roll(names, now)
         return fleet
 
     @property
@@ -182,40 +176,43 @@ class Fleet:
         """When the next process is due."""
         return min((slot.start_at for slot in self.slots.values() if slot.state is SlotState.WAITING), default=None)
 
-    def plan(self, names: Iterable[str], now: float) -> None:
-        """Have these workers. New ones are due now; those that are missing end in the next rolling restart."""
+    def roll(self, names: Iterable[str], now: float) -> None:
+        """Have these workers, and replace the process of each that there is, one after the other.
+
+        New ones are due now; those that are missing end when their turn comes. Asked again meanwhile,
+        it begins anew with the one whose turn it is.
+        """
         if self.is_ending:
             return
+        self._forget_the_stopped()
         planned = list(names)
-        for name in planned:
-            if name in self.slots:
-                self.slots[name].keep()
+        self._planned = frozenset(planned)
+        self._to_roll = deque(self.slots)
+        if self.rolling is not None:
+            self._to_roll.remove(self.rolling)
+            present = self.slots[self.rolling]
+            if present.state is SlotState.DRAINING:
+                present.drain(now, starts_again=present.name in self._planned)
             else:
+                self._to_roll.appendleft(present.name)
+                self.rolling = None
+        for name in planned:
+            if name not in self.slots:
                 self.slots[name] = Slot(name=name, patience=self._patience, start_at=now, since=now)
-        self._leaving = frozenset(self.slots.keys() - planned)
-
-    def roll(self) -> None:
-        """Replace every process, one after the other. Asked again meanwhile, it begins anew after the present one."""
-        if not self.is_ending:
-            self._to_roll = deque(self.slots)
 
     def next_to_roll(self, now: float) -> Slot | None:
-        """The slot whose process shall be told to end now, to be followed by a new one."""
-        if self.rolling is not None:
-            match self.slots[self.rolling].state:
-                case SlotState.READY:
-                    pass
-                case SlotState.STOPPED:
-                    del self.slots[self.rolling]  # it has left
-                case _:
-                    return None
+        """The slot whose process shall be told to end now."""
+        if self.is_ending:
+            return None
+        self._forget_the_stopped()
+        if self.rolling is not None and self.slots[self.rolling].state is SlotState.READY:
             self.rolling = None
-        while self._to_roll:
-            name = self._to_roll.popleft()
-            if name in self.slots:
-                self.rolling = name
-                slot = self.slots[name]
-                return slot if slot.drain(now, starts_again=name not in self._leaving) else None
+        while self.rolling is None and self._to_roll:
+            self.rolling = self._to_roll.popleft()
+            slot = self.slots[self.rolling]
+            if slot.drain(now, starts_again=slot.name in self._planned):
+                return slot
+            self._forget_the_stopped()
         return None
 
     def end(self, now: float) -> list[Slot]:
@@ -228,3 +225,9 @@ class Fleet:
         """Let time pass."""
         for slot in self.slots.values():
             slot.tick(now)
+
+    def _forget_the_stopped(self) -> None:
+        """Those have left; wanted again, they are new."""
+        self.slots = {name: slot for name, slot in self.slots.items() if slot.state is not SlotState.STOPPED}
+        if self.rolling not in self.slots:
+            self.rolling = None

@@ -176,8 +176,7 @@ class Supervisor:
             return
         logger.info("SIGHUP: the workers are replaced one by one")
         self._plan |= planned
-        self._fleet.plan(planned, now)
-        self._fleet.roll()
+        self._fleet.roll(planned, now)
         self._tell()
 
     # -- processes

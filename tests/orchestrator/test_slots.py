@@ -33,9 +33,10 @@ class FleetMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.fleet = Fleet.of(NAMES, PATIENCE, self.now)
-        #: Processes that run, and those of them that were told to end.
+        #: Processes that run, those of them that were told to end, and those that the last plan has to replace.
         self.processes: set[str] = set()
         self.told: set[str] = set()
+        self.outdated: set[str] = set()
         self.starts_after_the_end = 0
         self.planned = set(NAMES)
 
@@ -60,20 +61,18 @@ class FleetMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.processes)
     @rule(data=st.data(), code=st.sampled_from([0, 1, -9]))
     def a_worker_ends(self, data: st.DataObject, code: int) -> None:
-        name = data.draw(st.sampled_from(sorted(self.processes)))
-        self.processes.discard(name)
-        self.told.discard(name)
+        self.ends(data.draw(st.sampled_from(sorted(self.processes))), code)
+
+    def ends(self, name: str, code: int) -> None:
+        for some in (self.processes, self.told, self.outdated):
+            some.discard(name)
         self.fleet.slots[name].exited(self.now, code, ["the end"])
 
-    @rule()
-    def roll(self) -> None:
-        self.fleet.roll()
-
     @rule(planned=st.sets(names, min_size=1))
-    def change_the_plan(self, planned: set[str]) -> None:
-        self.fleet.plan(sorted(planned), self.now)
+    def roll(self, planned: set[str]) -> None:
+        self.fleet.roll(sorted(planned), self.now)
         if not self.fleet.is_ending:
-            self.planned = planned
+            self.planned, self.outdated = planned, set(self.processes)
 
     @rule()
     def replace_the_next(self) -> None:
@@ -123,6 +122,24 @@ class FleetMachine(RuleBasedStateMachine):
     def it_is_over_when_it_is_ending_and_nobody_is_left(self) -> None:
         assert self.fleet.is_over == (self.fleet.is_ending and not self.processes)
 
+    def teardown(self) -> None:
+        """Where nothing more happens, the last plan comes true, or the end."""
+        for _ in range(4 * len(self.fleet.slots)):
+            for name in sorted(self.told):
+                self.ends(name, 0)
+            self.replace_the_next()
+            self.now = max(self.now, self.fleet.next_start() or 0.0)
+            self.start_what_is_due()
+            for name in self.processes:
+                self.fleet.slots[name].became_ready(self.now)
+        assert self.outdated == set()
+        assert self.told == set()
+        if self.fleet.is_ending:
+            assert self.fleet.is_over
+        else:
+            states = {name: slot.state for name, slot in self.fleet.slots.items()}
+            assert states == dict.fromkeys(self.planned, SlotState.READY)
+
 
 TestFleet = FleetMachine.TestCase
 TestFleet.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -162,12 +179,26 @@ def test_a_worker_that_was_up_long_enough_begins_with_the_first_wait_again(up_se
     assert slot.is_looping == (up_seconds < 300.0)
 
 
-def test_a_rolling_restart_waits_until_the_new_worker_is_ready_even_if_that_takes_several_starts() -> None:
-    fleet = Fleet.of(["a", "b"], PATIENCE, 0.0)
+def ready_fleet(*names: str) -> Fleet:
+    """A fleet of which every worker takes jobs."""
+    fleet = Fleet.of(names, PATIENCE, 0.0)
     for slot in fleet.due(0.0):
         slot.started(0.0)
         slot.became_ready(0.0)
-    fleet.roll()
+    return fleet
+
+
+def ends_next(fleet: Fleet, now: float) -> str:
+    """The worker that is told to end now, and does."""
+    slot = fleet.next_to_roll(now)
+    assert slot is not None
+    slot.exited(now, 0)
+    return slot.name
+
+
+def test_a_rolling_restart_waits_until_the_new_worker_is_ready_even_if_that_takes_several_starts() -> None:
+    fleet = ready_fleet("a", "b")
+    fleet.roll(["a", "b"], 1.0)
     first = fleet.next_to_roll(1.0)
     assert first is not None
     assert first.name == "a"
@@ -184,20 +215,64 @@ def test_a_rolling_restart_waits_until_the_new_worker_is_ready_even_if_that_take
 
 
 def test_a_new_plan_starts_what_is_new_and_ends_what_is_gone_when_its_turn_comes() -> None:
-    fleet = Fleet.of(["a", "b"], PATIENCE, 0.0)
-    for slot in fleet.due(0.0):
-        slot.started(0.0)
-        slot.became_ready(0.0)
-    fleet.plan(["b", "c"], 1.0)
-    fleet.roll()
+    fleet = ready_fleet("a", "b")
+    fleet.roll(["b", "c"], 1.0)
     assert [slot.name for slot in fleet.due(1.0)] == ["c"]
-    gone = fleet.next_to_roll(1.0)
-    assert gone is not None
-    assert gone.name == "a"
-    gone.exited(2.0, 0)
-    following = fleet.next_to_roll(2.0)
-    assert following is not None
-    assert (following.name, sorted(fleet.slots)) == ("b", ["b", "c"])
+    assert ends_next(fleet, 1.0) == "a"
+    assert ends_next(fleet, 2.0) == "b"
+    assert sorted(fleet.slots) == ["b", "c"]
+
+
+def test_a_worker_that_is_planned_again_while_it_leaves_is_started_again() -> None:
+    waiting = Fleet.of(["a", "b"], PATIENCE, 0.0)
+    waiting.roll(["b"], 0.0)
+    assert waiting.next_to_roll(0.0) is None
+    waiting.roll(["a", "b"], 0.0)
+    assert [slot.name for slot in waiting.due(0.0)] == ["b", "a"]
+
+    running = ready_fleet("a", "b")
+    running.roll(["b"], 1.0)
+    leaving = running.next_to_roll(1.0)
+    assert leaving is running.slots["a"]
+    running.roll(["a", "b"], 2.0)
+    leaving.exited(3.0, 0)
+    assert [slot.name for slot in running.due(3.0)] == ["a"]
+    assert running.next_to_roll(3.0) is None, "b went before a's successor was ready"
+
+    gone = ready_fleet("a", "b")
+    gone.roll(["b"], 1.0)
+    assert ends_next(gone, 1.0) == "a"
+    gone.roll(["a", "b"], 2.0)
+    assert [slot.name for slot in gone.due(2.0)] == ["a"]
+
+
+def test_a_worker_that_does_not_get_ready_holds_up_no_new_plan() -> None:
+    fleet = ready_fleet("a", "b")
+    fleet.roll(["a", "b"], 1.0)
+    assert ends_next(fleet, 1.0) == "a"
+    for now in (1.0, 3.0):
+        fleet.slots["a"].started(now)
+        fleet.slots["a"].exited(now, 2, ["wrong setting"])
+    assert fleet.due(4.0) == []
+    fleet.roll(["a", "b"], 4.0)
+    assert fleet.next_to_roll(4.0) is None
+    assert [slot.name for slot in fleet.due(4.0)] == ["a"], "it waits although the settings are others now"
+    fleet.slots["a"].started(4.0)
+    fleet.roll(["b"], 5.0)
+    assert ends_next(fleet, 5.0) == "a"
+    assert ends_next(fleet, 6.0) == "b"
+    assert sorted(fleet.slots) == ["b"]
+
+
+def test_a_worker_that_is_told_to_leave_while_it_makes_room_has_no_successor() -> None:
+    fleet = ready_fleet("a", "b")
+    fleet.roll(["a", "b"], 1.0)
+    going = fleet.next_to_roll(1.0)
+    assert going is fleet.slots["a"]
+    fleet.roll(["b"], 2.0)
+    going.exited(3.0, 0)
+    assert fleet.due(3.0) == []
+    assert ends_next(fleet, 3.0) == "b"
 
 
 def test_what_was_told_to_end_is_not_a_failure() -> None:
