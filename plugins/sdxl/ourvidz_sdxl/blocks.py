@@ -25,30 +25,58 @@ _TEXTS = 8
 _CONDITIONS = {"text_embeds", "time_ids"}
 
 
-class FastParts:
-    """Parts of a UNet with fused projections that run in another way, while :meth:`running` is open."""
+class OtherWays:
+    """Modules that run in another way, while :meth:`running` is open."""
+
+    def __init__(self) -> None:
+        self._is_running = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While it is open, the other ways take the place of the modules' own."""
+        self._is_running = True
+        try:
+            yield
+        finally:
+            self._is_running = False
+
+    def replace(self, module: Any, fast: Callable[..., Any]) -> None:
+        """Let ``fast`` take the place of ``module.forward``."""
+        own: Callable[..., Any] = module.forward
+
+        def forward(*arguments: Any, **options: Any) -> Any:
+            return (fast if self._is_running else own)(*arguments, **options)
+
+        module.forward = forward
+
+    def replace_norm(self, norm: Any, activation: Any, operations: Operations) -> None:
+        """Let one operation do a group norm and the activation behind it, where that is SiLU."""
+        if isinstance(norm, torch.nn.GroupNorm) and isinstance(activation, torch.nn.SiLU):
+            self.replace(norm, lambda picture: operations.group_norm(picture, None, norm, True))
+            self.replace(activation, lambda picture: picture)
+
+
+class FastParts(OtherWays):
+    """Parts of a UNet with fused projections that run in another way."""
 
     def __init__(self, unet: Any, operations: Operations) -> None:
-        self._is_running = False
+        super().__init__()
         self._texts = TextKeys()
-        self._parts: list[_FastTransformer | _FastResnet | FastUpsample] = []
+        self._parts: list[_FastTransformer | FastResnet | FastUpsample] = []
         for module in unet.modules():
             if _is_usual_transformer(module):
                 fast = _FastTransformer(module, operations, self._texts)
                 self._parts.append(fast)
-                self._replace(module, fast)
-            elif _is_usual_resnet(module):
-                resnet = _FastResnet(module, operations)
+                self.replace(module, fast)
+            elif FastResnet.fits(module):
+                resnet = FastResnet(module, operations)
                 self._parts.append(resnet)
-                self._replace(module, resnet)
+                self.replace(module, resnet)
             elif FastUpsample.fits(module):
                 upsample = FastUpsample(module=module, weave=operations.weave)
                 self._parts.append(upsample)
-                self._replace(module, upsample)
-        norm = unet.conv_norm_out
-        if isinstance(norm, torch.nn.GroupNorm) and isinstance(unet.conv_act, torch.nn.SiLU):
-            self._replace(norm, lambda picture: operations.group_norm(picture, None, norm, True))
-            self._replace(unet.conv_act, lambda picture: picture)
+                self.replace(module, upsample)
+        self.replace_norm(unet.conv_norm_out, unet.conv_act, operations)
 
     @staticmethod
     def take(options: dict[str, Any]) -> bool:
@@ -76,23 +104,6 @@ class FastParts:
         for part in self._parts:
             part.forget()
         self._texts.forget()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """While it is open, they take the place of the model's own."""
-        self._is_running = True
-        try:
-            yield
-        finally:
-            self._is_running = False
-
-    def _replace(self, module: Any, fast: Callable[..., Any]) -> None:
-        own: Callable[..., Any] = module.forward
-
-        def forward(*arguments: Any, **options: Any) -> Any:
-            return (fast if self._is_running else own)(*arguments, **options)
-
-        module.forward = forward
 
 
 class TextKeys:
@@ -211,7 +222,7 @@ class _FastBlock:
         return self._operations.layer_norm(total, self.missing[index], norm.weight, norm.bias, norm.eps)
 
 
-class _FastResnet:
+class FastResnet:
     """diffusers' ``ResnetBlock2D``."""
 
     def __init__(self, module: Any, operations: Operations) -> None:
@@ -219,23 +230,49 @@ class _FastResnet:
         #: Of what the time adds, with the first convolution's; and of the sum in the end.
         self._biases: tuple[torch.Tensor, ...] = ()
 
+    @staticmethod
+    def fits(module: Any) -> bool:
+        """Whether it is as in SDXL; what is otherwise, stays as it is."""
+        return (
+            type(module).__name__ == "ResnetBlock2D"
+            and isinstance(module.nonlinearity, torch.nn.SiLU)
+            and isinstance(module.norm1, torch.nn.GroupNorm)
+            and module.upsample is None
+            and module.downsample is None
+            and not module.skip_time_act
+            and (module.time_emb_proj is None or module.time_embedding_norm == "default")
+            and module.output_scale_factor == 1.0
+            and (module.conv_shortcut is None or module.conv_shortcut.bias is not None)
+        )
+
     def prepare(self) -> None:
+        """Put biases together, where that is not done."""
         if self._biases:
             return
         module = self._module
-        last = module.conv2.bias if module.conv_shortcut is None else module.conv2.bias + module.conv_shortcut.bias
-        self._biases = (module.time_emb_proj.bias + module.conv1.bias).detach(), last.detach()
+        first, last = module.conv1.bias, module.conv2.bias
+        if module.time_emb_proj is not None:
+            first = first + module.time_emb_proj.bias
+        if module.conv_shortcut is not None:
+            last = last + module.conv_shortcut.bias
+        self._biases = first.detach(), last.detach()
 
     def forget(self) -> None:
+        """Free what :meth:`prepare` made."""
         self._biases = ()
 
-    def __call__(self, picture: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def __call__(self, picture: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
+        """The picture behind it; without ``temb`` where the block knows no time."""
         module, group_norm = self._module, self._operations.group_norm
-        time = functional.linear(functional.silu(temb), module.time_emb_proj.weight, self._biases[0])
+        added, last = self._biases
+        if temb is None:
+            added = added.expand(len(picture), -1)
+        else:
+            added = functional.linear(functional.silu(temb), module.time_emb_proj.weight, added)
         hidden = _convolved(module.conv1, group_norm(picture, None, module.norm1, True))
-        hidden = _convolved(module.conv2, group_norm(hidden, time, module.norm2, True))
+        hidden = _convolved(module.conv2, group_norm(hidden, added, module.norm2, True))
         shortcut = picture if module.conv_shortcut is None else _convolved(module.conv_shortcut, picture)
-        return self._operations.add_up(hidden, shortcut, self._biases[1])
+        return self._operations.add_up(hidden, shortcut, last)
 
 
 def _convolved(convolution: Any, picture: torch.Tensor) -> torch.Tensor:
@@ -276,18 +313,4 @@ def _is_usual_transformer(module: Any) -> bool:
         and not block.attn1.is_cross_attention
         and block.attn2.is_cross_attention
         for block in module.transformer_blocks
-    )
-
-
-def _is_usual_resnet(module: Any) -> bool:
-    return (
-        type(module).__name__ == "ResnetBlock2D"
-        and isinstance(module.nonlinearity, torch.nn.SiLU)
-        and module.upsample is None
-        and module.downsample is None
-        and module.time_emb_proj is not None
-        and not module.skip_time_act
-        and module.time_embedding_norm == "default"
-        and module.output_scale_factor == 1.0
-        and (module.conv_shortcut is None or module.conv_shortcut.bias is not None)
     )

@@ -130,7 +130,6 @@ def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
             compiled.functions - before.functions,
             compiled.seconds - before.seconds,
         )
-    warm.settle()
 
 
 def choose_model(settings: SdxlSettings, model_variant: str | None) -> Path:
@@ -189,11 +188,6 @@ class _WarmModel:
             (request,) = requests
             return self.model.draw(request, sampling=sampling, on_step=on_step)
         return self.ranks.draw(self.model, self.path, requests, sampling=sampling, on_step=on_step, progress=progress)
-
-    def settle(self) -> None:
-        self.model.settle()
-        if self.ranks is not None:
-            self.ranks.settle(self.path)
 
 
 def _reference(job: Job, width: int, height: int) -> ReferencePicture | None:

@@ -1,4 +1,4 @@
-"""Triton kernels for what SDXL's UNet does between its products, and for one product with what follows it.
+"""Triton kernels for what SDXL's UNet and decoder do between their products, and for one product with what follows it.
 
 Sizes of tiles are those that were the fastest on an H200: nothing is tried at a start. Sums are in single precision.
 What is not contiguous, pictures with channels last, is copied.
@@ -22,7 +22,12 @@ GEGLU_TILE = (128, 128, 64)
 GEGLU_STAGES, GEGLU_WARPS, GEGLU_GROUP = 3, 8, 4
 #: Pixels and channels that a program of the group norm holds at once.
 _PIXELS, _CHANNELS = 128, 64
+#: Moments of a picture that are put together: of a large one a program takes up to eight tiles of pixels.
+_MOMENTS, _TILES = 256, 8
 _BLOCK = 1024
+_LOG2_E = 1.4426950408889634
+#: Columns that a softmax holds at once: the tokens of 2048 x 2048 pixels.
+SOFTMAX_COLUMNS = 65536
 
 
 def layer_norm(
@@ -95,14 +100,16 @@ def group_norm(
     rows, channels, height, width = picture.shape
     pixels = height * width
     made = torch.empty_like(picture)
-    chunks = triton.cdiv(pixels, _PIXELS)
+    tiles = triton.cdiv(pixels, _PIXELS)
+    in_chunk = min(_TILES, _power_of_2_below(tiles // _MOMENTS))
+    chunks = triton.cdiv(tiles, in_chunk)
     moments = torch.empty((2, rows, chunks, channels), device=picture.device, dtype=torch.float32)
     factors = torch.empty((2, rows, channels), device=picture.device, dtype=torch.float32)
-    grid = (chunks, triton.cdiv(channels, _CHANNELS), rows)
+    across = triton.cdiv(channels, _CHANNELS)
     tile = {"PIXELS": _PIXELS, "CHANNELS": _CHANNELS}
     in_group = channels // norm.num_groups
     with _on(picture):
-        _moments[grid](picture, moments[0], moments[1], pixels, channels, **tile)
+        _moments[(chunks, across, rows)](picture, moments[0], moments[1], pixels, channels, TILES=in_chunk, **tile)
         _factors[(norm.num_groups, rows)](
             moments[0],
             moments[1],
@@ -117,11 +124,13 @@ def group_norm(
             in_group,
             norm.eps,
             IS_ADDED=added is not None,
-            PIXELS=_PIXELS,
+            PIXELS=_PIXELS * in_chunk,
             IN_GROUP=triton.next_power_of_2(in_group),
             CHUNKS=max(1, 2048 // triton.next_power_of_2(in_group)),
         )
-        _scaled[grid](picture, factors[0], factors[1], made, pixels, channels, IS_GATED=is_gated, **tile)
+        _scaled[(tiles, across, rows)](
+            picture, factors[0], factors[1], made, pixels, channels, IS_GATED=is_gated, **tile
+        )
     return made
 
 
@@ -134,16 +143,33 @@ def add_up(one: torch.Tensor, other: torch.Tensor, bias: torch.Tensor) -> torch.
     return one
 
 
-def weave(four: torch.Tensor) -> torch.Tensor:
-    """A picture of twice the size, from its four kinds of pixels: (rows, 4 * channels, height + 1, width + 1)."""
+def weave(four: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A picture of twice the size, from its four kinds of pixels: (rows, 4 * channels, height + 1, width + 1).
+
+    ``bias`` (channels,) is added to all of them.
+    """
     four = four.contiguous(memory_format=torch.channels_last)
     rows, channels, height, width = four.shape
     channels, height, width = channels // 4, 2 * height - 2, 2 * width - 2
     made = torch.empty(
         (rows, channels, height, width), device=four.device, dtype=four.dtype, memory_format=torch.channels_last
     )
+    grid = (triton.cdiv(width * channels, _BLOCK), height, rows)
     with _on(four):
-        _weave[(triton.cdiv(width * channels, _BLOCK), height, rows)](four, made, height, width, channels, BLOCK=_BLOCK)
+        _weave[grid](four, bias, made, height, width, channels, BLOCK=_BLOCK)
+    return made
+
+
+def softmax(scores: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """The softmax of ``scores * scale`` over the last dimension, of at most ``SOFTMAX_COLUMNS``."""
+    scores = scores.contiguous()
+    columns = scores.shape[-1]
+    made = torch.empty_like(scores, dtype=dtype)
+    block = triton.next_power_of_2(columns)
+    with _on(scores):
+        _softmax[(scores.numel() // columns,)](
+            scores, made, columns, scale * _LOG2_E, BLOCK=block, num_warps=max(4, min(32, block // 1024))
+        )
     return made
 
 
@@ -155,7 +181,7 @@ def _layer_norm(hidden, missing, weight, bias, made, rows, columns, eps, BLOCK: 
     factor = tl.load(weight + column, mask=is_there, other=0.0).to(tl.float32)
     summand = tl.load(bias + column, mask=is_there, other=0.0).to(tl.float32)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-        start = row * columns
+        start = row * tl.cast(columns, tl.int64)
         values = tl.load(hidden + start + column, mask=is_there, other=0.0).to(tl.float32) + added
         mean = tl.sum(values, axis=0) / columns
         centred = tl.where(is_there, values - mean, 0.0)
@@ -212,20 +238,31 @@ def _gate(product, made, count, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _moments(picture, means, spreads, pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def _moments(
+    picture, means, spreads, pixels, channels, TILES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):
     chunk = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64)
-    pixel = chunk * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    is_there = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-    place = (row * pixels + pixel)[:, None] * channels + channel[None, :]
-    values = tl.load(picture + place, mask=is_there, other=0.0).to(tl.float32)
-    count = tl.minimum(pixels - chunk * PIXELS, PIXELS)
-    mean = tl.sum(values, axis=0) / count
-    centred = tl.where(is_there, values - mean[None, :], 0.0)
+    mean = tl.zeros((CHANNELS,), dtype=tl.float32)
+    spread = tl.zeros((CHANNELS,), dtype=tl.float32)
+    for tile in range(TILES):
+        first = (chunk * TILES + tile) * PIXELS
+        pixel = first + tl.arange(0, PIXELS)
+        is_there = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+        place = (row * pixels + pixel)[:, None] * channels + channel[None, :]
+        values = tl.load(picture + place, mask=is_there, other=0.0).to(tl.float32)
+        count = tl.maximum(tl.minimum(pixels - first, PIXELS), 0)
+        mean_here = tl.sum(values, axis=0) / tl.maximum(count, 1)
+        centred = tl.where(is_there, values - mean_here[None, :], 0.0)
+        # Squares around the mean of both, from those around the mean of each: nothing large is subtracted.
+        far = mean_here - mean
+        part = count.to(tl.float32) / tl.maximum(tile * PIXELS + count, 1)
+        spread += tl.sum(centred * centred, axis=0) + far * far * part * (tile * PIXELS)
+        mean += far * part
     made = (row * tl.num_programs(0) + chunk) * channels + channel
     tl.store(means + made, mean, mask=channel < channels)
-    tl.store(spreads + made, tl.sum(centred * centred, axis=0), mask=channel < channels)
+    tl.store(spreads + made, spread, mask=channel < channels)
 
 
 # Compiled once for each size of a group, and not for each kind of number.
@@ -266,7 +303,7 @@ def _factors(
         total += tl.where(is_there, mean_of_chunk * count[:, None], 0.0)
     size = pixels * in_group
     mean = tl.sum(total) / size
-    # Squares around the mean of all, from those around the mean of each chunk: nothing large is subtracted.
+    # As in each chunk, squares around the mean of all.
     squares = tl.zeros((CHUNKS, IN_GROUP), dtype=tl.float32)
     for first in range(0, chunks, CHUNKS):
         chunk = first + tl.arange(0, CHUNKS)
@@ -321,7 +358,7 @@ def _add_up(one, other, bias, count, channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _weave(four, made, height, width, channels, BLOCK: tl.constexpr):
+def _weave(four, bias, made, height, width, channels, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     y = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -331,13 +368,31 @@ def _weave(four, made, height, width, channels, BLOCK: tl.constexpr):
     down, right = y % 2, x % 2
     line = (row * (height // 2 + 1) + y // 2 + down) * (width // 2 + 1)
     place = (line + x // 2 + right) * (4 * channels) + (2 * down + right) * channels + channel
-    values = tl.load(four + place, mask=is_there)
-    tl.store(made + (row * height + y) * (width * channels) + index, values, mask=is_there)
+    values = tl.load(four + place, mask=is_there, other=0.0).to(tl.float32)
+    values += tl.load(bias + channel, mask=is_there, other=0.0).to(tl.float32)
+    to = made + (row * height + y) * (width * channels) + index
+    tl.store(to, values.to(made.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _softmax(scores, made, columns, factor, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * columns
+    column = tl.arange(0, BLOCK)
+    is_there = column < columns
+    values = tl.load(scores + start + column, mask=is_there, other=float("-inf")) * factor
+    powers = tl.exp2(values - tl.max(values, axis=0))
+    shares = powers / tl.sum(powers, axis=0)
+    tl.store(made + start + column, shares.to(made.dtype.element_ty), mask=is_there)
 
 
 def _multiprocessors(device: torch.device) -> int:
     count: int = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     return count
+
+
+def _power_of_2_below(number: int) -> int:
+    """The largest that is no larger, at least 1."""
+    return 1 << (max(1, number).bit_length() - 1)
 
 
 def _on(tensor: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""What the fast UNet is made of beside products and attention: as torch does it, and as Triton does where it can."""
+"""What the fast UNet and decoder are made of beside products: as torch does it, and as Triton does where it can."""
 
 from __future__ import annotations
 
@@ -43,15 +43,18 @@ def _add_up(one: Tensor, other: Tensor, bias: Tensor) -> Tensor:
     return one + other + bias[:, None, None]
 
 
-def weave(four: Tensor) -> Tensor:
-    """A picture of twice the size, from its four kinds of pixels: (rows, 4 * channels, height + 1, width + 1)."""
+def _softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return (scores * scale).softmax(-1).to(dtype)
+
+
+def _weave(four: Tensor, bias: Tensor) -> Tensor:
     rows, channels, height, width = four.shape
     kinds = four.permute(0, 2, 3, 1).unflatten(-1, (2, 2, channels // 4))
     lines = [
         torch.stack([kinds[:, y : y + height - 1, x : x + width - 1, y, x] for x in (0, 1)], dim=3) for y in (0, 1)
     ]
     whole = torch.stack(lines, dim=2).reshape(rows, 2 * height - 2, 2 * width - 2, channels // 4)
-    return whole.permute(0, 3, 1, 2)
+    return (whole + bias).permute(0, 3, 1, 2)
 
 
 @frozen(kw_only=True)
@@ -66,7 +69,11 @@ class Operations:
     group_norm: Callable[[Tensor, Tensor | None, GroupNorm, bool], Tensor] = _group_norm
     #: Of two pictures, of which the first may be changed, and a bias.
     add_up: Callable[[Tensor, Tensor, Tensor], Tensor] = _add_up
-    weave: Callable[[Tensor], Tensor] = weave
+    #: Of (scores * scale), over the last dimension, in a precision.
+    softmax: Callable[[Tensor, float, torch.dtype], Tensor] = _softmax
+    #: A picture of twice the size, from its four kinds of pixels, (rows, 4 * channels, height + 1, width + 1), and a
+    #: bias of its channels.
+    weave: Callable[[Tensor, Tensor], Tensor] = _weave
 
 
 @cache  # models are loaded anew wherever memory is short, and what runs stays the same
@@ -106,11 +113,15 @@ def fast_operations(device: str, dtype: torch.dtype) -> Operations:
         found["geglu"] = kernels.geglu_of_product
         if torch.cuda.get_device_capability(device) >= _MOVES_TILES and runs("geglu", kernels.geglu, product):
             found["geglu"] = _by_width(kernels.geglu, kernels.geglu_of_product)
-    if runs("group_norm", kernels.group_norm, (picture, None, norm, False), (picture, numbers(2, 64), norm, True)):
+    large = numbers(1, 64, 256, 257).contiguous(memory_format=torch.channels_last)
+    pictures = (picture, None, norm, False), (picture, numbers(2, 64), norm, True), (large, numbers(1, 64), norm, True)
+    if runs("group_norm", kernels.group_norm, *pictures):
         found["group_norm"] = kernels.group_norm
     if runs("add_up", kernels.add_up, (picture.clone(), picture, numbers(64))):
         found["add_up"] = kernels.add_up
-    if runs("weave", kernels.weave, (picture,)):
+    if runs("softmax", kernels.softmax, (numbers(8, 16384).float() * 9, 0.5, dtype)):
+        found["softmax"] = _by_columns(kernels.softmax, kernels.SOFTMAX_COLUMNS)
+    if runs("weave", kernels.weave, (picture, numbers(16))):
         found["weave"] = kernels.weave
     return evolve(torchs, **found)
 
@@ -121,6 +132,13 @@ def _by_width(of_tiles: Callable[..., Tensor], of_any: Callable[..., Tensor]) ->
         return (of_tiles if is_whole else of_any)(given, weight, bias)
 
     return geglu
+
+
+def _by_columns(of_few: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
+    def softmax(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        return (of_few if scores.shape[-1] <= most else _softmax)(scores, scale, dtype)
+
+    return softmax
 
 
 def _said(error: BaseException) -> str:

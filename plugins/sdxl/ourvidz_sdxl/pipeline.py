@@ -176,22 +176,18 @@ class SdxlPipeline:
 
     def decode_latents(self, latents: torch.Tensor) -> Image:
         """The picture of one image's latents. The device is waited for."""
-        pixels = self._decode.plain(self._as_decoded(latents))
+        pixels = self._decode(self._as_decoded(latents))
         return fromarray(pixels[0].cpu().numpy())
 
     @property
     def may_be_compiled(self) -> bool:
-        """Whether the UNet has compiled kernels, and the decoder is compiled for shapes until :meth:`settle`."""
+        """Whether the UNet has compiled kernels."""
         return self._unet.may_be_compiled
 
     def forget_graphs(self) -> None:
         """Free the memory of what was recorded on weights where they lie; it is recorded anew when it is needed."""
         self._unet.forget()
         self.prompts.forget_graphs()
-
-    def settle(self) -> None:
-        """All shapes that jobs are expected to have were drawn: no job waits for a compiler from here on."""
-        self._decode.settle()
 
     def sketch(self, latents: torch.Tensor) -> Image:
         """A small guess at the first picture of latents that are still noisy. The device is waited for.
@@ -261,7 +257,7 @@ class SdxlPipeline:
             work = Work(name="decode", shape=tuple(one.shape[2:]))
             pixels = self._unless_out_of_memory(partial(self.residence.run, decode, work=work))
             if pixels is None:
-                pixels = self._decode.plain(self._as_decoded(one))
+                pixels = self._decode(self._as_decoded(one))
             pictures.append(DevicePicture.send(pixels[0], is_finite))
         return pictures
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from attrs import define
 
-from ourvidz_sdxl.operations import weave
+from ourvidz_sdxl.operations import Operations
 
 
 @define(kw_only=True, eq=False)
@@ -21,10 +21,9 @@ class FastUpsample:
     """Takes the place of ``module.forward``."""
 
     module: Any
-    weave: Callable[[torch.Tensor], torch.Tensor] = weave
-    #: (4 * channels, channels, 2, 2), and the bias once for each kind; made by :meth:`prepare`.
+    weave: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = Operations().weave
+    #: (4 * channels, channels, 2, 2); made by :meth:`prepare`.
     _weight: torch.Tensor | None = None
-    _bias: torch.Tensor | None = None
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -55,18 +54,18 @@ class FastUpsample:
         ]
         layout = torch.channels_last if given.is_cuda else torch.contiguous_format
         self._weight = torch.cat(kinds).to(convolution.weight.dtype, memory_format=layout)
-        self._bias = convolution.bias.detach().repeat(4)
 
     def forget(self) -> None:
         """Free the weights."""
-        self._weight = self._bias = None
+        self._weight = None
 
     def __call__(self, hidden_states: torch.Tensor, output_size: Any = None) -> torch.Tensor:
         """The picture of twice the size. Another size is the module's own affair."""
         if output_size is not None or self._weight is None:
             made: torch.Tensor = type(self.module).forward(self.module, hidden_states, output_size)
             return made
-        return self.weave(torch.nn.functional.conv2d(hidden_states, self._weight, self._bias, padding=1))
+        four = torch.nn.functional.conv2d(hidden_states, self._weight, padding=1)
+        return self.weave(four, self.module.conv.bias)
 
 
 def _columns(lines: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:

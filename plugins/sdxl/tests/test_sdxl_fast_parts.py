@@ -11,7 +11,7 @@ import pytest
 import torch
 from attrs import evolve
 from ourvidz_sdxl.blocks import FastParts
-from ourvidz_sdxl.decoder import rebuild_decoder, wide_attention
+from ourvidz_sdxl.decoder import DecoderParts, wide_attention
 from ourvidz_sdxl.operations import Operations, fast_operations
 from ourvidz_sdxl.speed import FastUnet, fuse_projections
 from sdxl_support import load_example
@@ -137,20 +137,28 @@ def test_who_changes_the_unet_finds_it_as_it_came(plain: Any, fast: Fast) -> Non
     assert fast.ran == before
 
 
-def test_a_decoded_picture_is_that_of_diffusers(plain: Any) -> None:
-    vae = deepcopy(plain.vae)
-    rebuild_decoder(vae.decoder)
-    latents = torch.randn(1, 4, 16, 20, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_decoded_picture_is_that_of_diffusers(plain: Any, rows: int) -> None:
+    vae, normed = deepcopy(plain.vae), []
+
+    def group_norm(*given: Any) -> torch.Tensor:
+        normed.append(given)
+        return Operations().group_norm(*given)
+
+    parts = DecoderParts(vae.decoder, evolve(Operations(), group_norm=group_norm))
+    latents = torch.randn(rows, 4, 16, 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), parts.running():
         made, expected = (each.decode(latents, return_dict=False)[0] for each in (vae, plain.vae))
     assert relative(made, expected) < 1e-5
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in vae.decoder.modules())
+    assert len(normed) == norms  # none is left to torch
 
 
 def test_attention_in_parts_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ourvidz_sdxl.decoder._SCORES", 100)
     query, key, value = torch.randn(3, 2, 37, 16, generator=torch.Generator().manual_seed(0)).unbind()
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    assert relative(wide_attention(query, key, value), expected) < CLOSE
+    assert relative(wide_attention(query, key, value, Operations()), expected) < CLOSE
 
 
 def test_a_kernel_that_fails_or_is_wrong_is_left_out_and_named(
@@ -165,6 +173,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_left_out_and_named(
         geglu_of_product=lambda *given: torchs.geglu(*given) * 1.1,
         group_norm=lambda *given: torchs.group_norm(*given) * 1.001,
         add_up=failing,
+        softmax=failing,
         weave=torchs.weave,
     )
     monkeypatch.setitem(sys.modules, "ourvidz_sdxl.kernels", kernels)

@@ -45,8 +45,6 @@ def draw_for_others(follower: Follower) -> None:
                     warm(message["model"])
             case "draw":
                 _draw(follower, message, warm, ours)
-            case "settle":
-                warm(message["model"]).settle()
             case "make room":
                 models.free_others()
                 models.release()

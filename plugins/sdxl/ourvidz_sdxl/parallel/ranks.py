@@ -88,10 +88,6 @@ class DrawingRanks:
         if not self._is_at_work:
             self.followers.tell_all(kind="make room")
 
-    def settle(self, path: Path) -> None:
-        """See :meth:`SdxlPipeline.settle`, on all other ranks."""
-        self.followers.tell_all(kind="settle", model=str(path))
-
     def draw(
         self,
         model: SdxlPipeline,
