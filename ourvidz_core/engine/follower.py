@@ -95,9 +95,16 @@ def say(connection: Connection, *, blobs: Sequence[bytes] = (), **message: Any) 
         connection.send_bytes(blob)
 
 
-def hear(connection: Connection) -> Message:
-    """Read one message, its ``blobs`` as bytes; an ``EOFError`` or ``OSError`` says that the other end is gone."""
+def hear(connection: Connection, *, on_piece: Callable[[], None] = lambda: None) -> Message:
+    """Read one message, its ``blobs`` as bytes; an ``EOFError`` or ``OSError`` says that the other end is gone.
+
+    ``on_piece`` is told of the message and of each of its blobs as it has come.
+    """
     message: Message = json.loads(connection.recv_bytes())
+    on_piece()
     if "blobs" in message:
-        message["blobs"] = [connection.recv_bytes() for _ in range(message["blobs"])]
+        blobs = message["blobs"] = [b""] * message["blobs"]
+        for index in range(len(blobs)):
+            blobs[index] = connection.recv_bytes()
+            on_piece()
     return message

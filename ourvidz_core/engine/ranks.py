@@ -6,6 +6,7 @@ What ranks do for a job is their plugin's; that they are there, and what becomes
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from attrs import define, field
@@ -23,7 +24,7 @@ from ourvidz_core.engine.processes import ending_of
 from ourvidz_core.errors import EngineUnusable, GenerationError, JobError, ModelUnavailable, OutOfMemory
 from ourvidz_core.settings import without_keys
 
-#: A process that says nothing for so long is stopped, or its machine is.
+#: A process of which nothing comes for so long, not even the rest of a message, is stopped, or its machine is.
 SILENT_SECONDS = 30.0
 _WATCH_SECONDS = 0.25
 #: Where an exchange breaks off, the reason is known a little later.
@@ -41,10 +42,39 @@ class _Process:
     device: str
     process: subprocess.Popen[bytes]
     connection: Connection
-    heard_at: float = field(factory=time.monotonic)
+    #: Where each message goes, and None after the last.
+    _heard: queue.SimpleQueue[tuple[_Process, Message | None]]
+    #: For how long no piece of a message has come.
+    quiet_seconds: float = 0.0
+    _listener: threading.Thread = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # In a thread of its own: a message that breaks off must not keep us from hearing the others.
+        self._listener = threading.Thread(target=self._listen, name=f"ranks-listen-{self.rank}", daemon=True)
+        self._listener.start()
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.device}, process {self.process.pid})"
+
+    def await_end(self) -> None:
+        """Wait until it has left, or make it."""
+        try:
+            self.process.wait(timeout=_LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._listener.join(timeout=_LEAVE_SECONDS)
+        self.connection.close()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                self._heard.put((self, hear(self.connection, on_piece=self._note_piece)))
+        except (EOFError, OSError, ValueError):
+            self._heard.put((self, None))
+
+    def _note_piece(self) -> None:
+        self.quiet_seconds = 0.0
 
 
 class Followers:
@@ -80,6 +110,7 @@ class Followers:
         self._failure: JobError | None = None
         self._is_closed = threading.Event()
         self._changed = threading.Condition()
+        self._heard = queue.SimpleQueue[tuple[_Process, Message | None]]()
         self._processes = {rank: self._start(rank) for rank in range(1, len(devices))}
         threading.Thread(target=self._watch, name="ranks-watch", daemon=True).start()
 
@@ -181,12 +212,7 @@ class Followers:
     def await_end(self) -> None:
         """Wait until those that were dismissed have left, or make them."""
         for follower in self._processes.values():
-            try:
-                follower.process.wait(timeout=_LEAVE_SECONDS)
-            except subprocess.TimeoutExpired:
-                follower.process.kill()
-                follower.process.wait()
-            follower.connection.close()
+            follower.await_end()
 
     def _start(self, rank: int) -> _Process:
         device = self.devices[rank]
@@ -204,30 +230,30 @@ class Followers:
             theirs.close()
         seen_as = "cuda" if self._is_alone and device != "cpu" else device
         say(ours, kind="start", rank=rank, ranks=len(self.devices), device=seen_as, threads=_threads(device))
-        return _Process(rank, device, process, ours)
+        return _Process(rank, device, process, ours, self._heard)
 
     def _watch(self) -> None:
+        looked_at = time.monotonic()
         while self._failure is None:
             if self.is_closed:
                 return
-            with suppress(OSError):  # closed meanwhile
-                ready = wait([follower.connection for follower in self._processes.values()], timeout=_WATCH_SECONDS)
-                for follower in self._processes.values():
-                    if follower.connection in ready:
-                        self._hear(follower)
-                    elif time.monotonic() - follower.heard_at > self._silent_seconds:
-                        self.note(EngineUnusable(f"{follower} has not answered for {self._silent_seconds:g} s"))
-                        follower.process.kill()
+            with suppress(queue.Empty):
+                self._take(*self._heard.get(timeout=_WATCH_SECONDS))
+            # While this process is stopped itself, nobody is silent.
+            passed = min(time.monotonic() - looked_at, 2 * _WATCH_SECONDS)
+            looked_at = time.monotonic()
+            for follower in self._processes.values():
+                follower.quiet_seconds += passed
+                if follower.quiet_seconds > self._silent_seconds:
+                    self.note(EngineUnusable(f"{follower} has not answered for {self._silent_seconds:g} s"))
+                    follower.process.kill()
         self._on_lost(self._failure)
 
-    def _hear(self, follower: _Process) -> None:
-        try:
-            message = hear(follower.connection)
-        except (EOFError, OSError, ValueError):
+    def _take(self, follower: _Process, message: Message | None) -> None:
+        if message is None:
             if not self.is_closed:
                 self.note(EngineUnusable(f"{follower} died: {_ending(follower.process)}"))
             return
-        follower.heard_at = time.monotonic()
         match message["kind"]:
             case "alive":
                 return

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
 
 from ourvidz_core.engine.follower import Follower, follow
 from ourvidz_core.errors import ModelUnavailable
+
+
+class Freezing(list[bytes]):
+    """Pictures of which the first arrives, and then the process is stopped."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"a picture"
+        os.kill(os.getpid(), signal.SIGSTOP)
+        yield b"another"
 
 
 def obey(follower: Follower) -> None:
@@ -24,6 +38,8 @@ def obey(follower: Follower) -> None:
                 raise MemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             case "stumble":
                 raise RuntimeError("CUDA error: misaligned address")
+            case "freeze":
+                follower.say(kind="echo", blobs=Freezing())
             case "end":
                 os._exit(3)
             case "leave":

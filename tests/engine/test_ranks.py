@@ -97,6 +97,24 @@ def test_a_rank_that_is_killed_or_stopped_is_named_and_nobody_is_left(start: Sta
     assert not any(map(psutil.pid_exists, followers.pids))
 
 
+@pytest.mark.slow
+def test_a_rank_that_freezes_while_it_sends_is_named_and_the_others_are_heard(
+    start: Start, heard: list[tuple[int, dict[str, Any]]]
+) -> None:
+    followers = start("cpu", "cpu", "cpu", silent_seconds=2.0)
+    followers.tell_all(kind="echo")
+    assert followers.wait_until(lambda: len(heard) == 2, SECONDS)
+    followers.tell(2, kind="freeze")
+    followers.tell(1, kind="echo", blobs=[b"pixels"])
+    assert followers.wait_until(lambda: len(heard) == 3, SECONDS)
+    assert (heard[-1][0], heard[-1][1]["blobs"]) == (1, [b"pixels"])
+    followers.tell(2, kind="echo", blobs=[bytes(1 << 24)])  # nobody reads it, so this ends with the process
+    with pytest.raises(EngineUnusable, match=rf"rank 2 \(cpu, process {followers.pids[1]}\) has not answered for 2 s"):
+        followers.wait_until(lambda: False, SECONDS)
+    followers.close()
+    assert not any(map(psutil.pid_exists, followers.pids))
+
+
 def test_what_another_rank_lacks_is_no_lack_of_memory_here() -> None:
     said = ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB")
     here, there = error_of("rank 0", *said), elsewhere(error_of("rank 1 (cuda:1, process 7)", *said))
