@@ -25,6 +25,7 @@ from benchmarks.gpu.clock import GIB, allocated, relative_error, wait_for
 from benchmarks.gpu.models import Models, payload
 from benchmarks.gpu.rows import MEMORY_CAPS, Measured, Scale
 from ourvidz_core.engine.context import EngineContext
+from ourvidz_core.engine.device_memory import release_memory
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.perform import perform
 from ourvidz_core.engine.working_memory import FILE_NAME
@@ -178,7 +179,8 @@ class Memory:
 
     @contextlib.contextmanager
     def _opened(self, budget_gb: float | None, state: Path | None = None) -> Iterator[ModelCache]:
-        """An engine's models, which nothing is known of yet."""
+        """An engine's models, which nothing is known of yet. What an earlier row's failure held goes first."""
+        release_memory()
         state = state or self._out / f"state-{next(self._numbers)}"
         if self._scale.is_small:
             cache = ModelCache(budget_gb, find_device=lambda: torch.device("cpu"))

@@ -6,6 +6,7 @@ What leaves the device waits in pinned main memory, and is dropped only where th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import sys
 import time
@@ -475,15 +476,41 @@ class _Place:
             try:
                 return function()
             except Exception as error:
-                if not is_out_of_memory(error) or not self._cache.free_others():
+                if not self._may_try_again(error):
                     raise
-        # Only here has the exception let go of the tensors in its frames.
+        self._prepare_to_try_again(work)
+        with self.use(*parts, work=work):
+            return function()
+
+    def stream(
+        self, function: Callable[[], Iterable[Result]], *parts: str, work: Work | None = None
+    ) -> Iterator[Result]:
+        """See ``Residence.stream``."""
+        given = 0
+        with self.use(*parts, work=work):
+            try:
+                for result in function():
+                    yield result
+                    given += 1
+                return
+            except Exception as error:
+                if not self._may_try_again(error):
+                    raise
+        self._prepare_to_try_again(work)
+        with self.use(*parts, work=work):
+            yield from itertools.islice(function(), given, None)
+
+    def _may_try_again(self, error: Exception) -> bool:
+        return is_out_of_memory(error) and self._cache.free_others()
+
+    def _prepare_to_try_again(self, work: Work | None) -> None:
+        """Only behind the handler has the exception let go of the tensors in its frames.
+
+        What follows is measured anew, for what has left would be taken off what it takes.
+        """
         self._cache.release()
         self._cache.traffic.retries += 1
         logger.info("the device had too little memory for %s of %s; it is tried again alone", work, self._key)
-        # Measured anew, for what has left would be taken off what this takes.
-        with self.use(*parts, work=work):
-            return function()
 
     def rows(self, work: Work, *parts: str) -> int:
         """See ``Residence.rows``."""
@@ -500,6 +527,15 @@ class AlwaysResident:
     def run(self, function: Callable[[], Result], *parts: str, work: Work | None = None) -> Result:  # noqa: ARG002
         """Call ``function``."""
         return function()
+
+    def stream(
+        self,
+        function: Callable[[], Iterable[Result]],
+        *parts: str,  # noqa: ARG002
+        work: Work | None = None,  # noqa: ARG002
+    ) -> Iterator[Result]:
+        """What ``function`` yields."""
+        yield from function()
 
     def rows(self, work: Work, *parts: str) -> int:  # noqa: ARG002
         """All of them."""

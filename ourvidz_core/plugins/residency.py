@@ -6,7 +6,7 @@ everything only if it is told what is needed when: see :class:`Residence`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -45,6 +45,16 @@ class Residence(Protocol):
         """Call ``function`` with ``parts`` in use; once more with all else off the device where memory ran out.
 
         What the second call raises goes through: the caller may have a smaller way.
+        """
+        ...
+
+    def stream(
+        self, function: Callable[[], Iterable[Result]], *parts: str, work: Work | None = None
+    ) -> Iterator[Result]:
+        """What ``function`` yields, as it comes, with ``parts`` in use until the end.
+
+        Where memory runs out it begins once more with all else off the device, and what the caller has already is
+        left out: ``function`` must yield the same each time.
         """
         ...
 

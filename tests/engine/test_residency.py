@@ -323,6 +323,38 @@ class TestOutOfMemory:
         assert figures.wanted == 11 * KIB
         assert cache.traffic.retries == 1
 
+    def test_a_stream_that_runs_out_of_memory_goes_on_where_it_was(self, cache: ModelCache) -> None:
+        cache.get("a", lambda: Net(2))
+        cache.get("b", lambda: Net(2))
+        short = self.short_of_memory(cache, until=1)
+
+        def frames() -> Iterator[int]:
+            yield from range(3)
+            assert short() == "done"
+            yield from range(3, 5)
+
+        assert list(cache.residence("b").stream(frames, work=DENOISE)) == [0, 1, 2, 3, 4]
+        assert set(cache.on_device) == {"b"}
+        assert cache.traffic.retries == 1
+
+    def test_a_stream_keeps_its_part_on_the_device_until_it_ends(self, cache: ModelCache) -> None:
+        cache.get("a", lambda: Net(2))
+        cache.get("b", lambda: Net(2))
+        stream = cache.residence("b").stream(lambda: range(2))
+        next(stream)
+        cache.free_others()
+        assert set(cache.on_device) == {"b"}
+        assert list(stream) == [1]
+        cache.free_others()
+        assert not cache.on_device
+
+    def test_a_stream_that_still_fails_is_the_callers(self, cache: ModelCache) -> None:
+        cache.get("a", lambda: Net(2))
+        cache.get("b", lambda: Net(2))
+        short = self.short_of_memory(cache, until=0)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(cache.residence("b").stream(lambda: iter([short()])))
+
     def test_another_error_is_not_tried_again(self, cache: ModelCache) -> None:
         cache.get("a", lambda: Net(2))
         cache.get("b", lambda: Net(2))

@@ -120,8 +120,11 @@ def encode_still(models: WanModels, image: Image.Image, frames: int) -> torch.Te
         vae: Any = models.pipeline.vae
         still = torch.from_numpy(pixels.copy()).to(models.device, torch.float32) / 127.5 - 1.0
         clip = still.permute(2, 0, 1)[None, :, None].expand(-1, -1, frames, -1, -1)
-        with models.residence.use("vae", work=Work(name="encode", shape=clip.shape[2:])):
-            encoded = vae.encode(clip.to(vae.dtype)).latent_dist.mode().float()
+        encoded = models.residence.run(
+            lambda: vae.encode(clip.to(vae.dtype)).latent_dist.mode().float(),
+            "vae",
+            work=Work(name="encode", shape=clip.shape[2:]),
+        )
         mean, std = latent_statistics(vae, models.device)
         normalised: torch.Tensor = (encoded - mean) / std
         return normalised
@@ -133,13 +136,15 @@ def encode_text(models: WanModels, text: str) -> torch.Tensor:
     """What the transformer reads of ``text``, ``[1, tokens, channels]``."""
 
     def encode() -> torch.Tensor:
-        with models.residence.use("text_encoder", work=Work(name="encode_text")):
-            embeddings: torch.Tensor = models.pipeline.encode_prompt(
-                text, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS, device=models.device
-            )[0]
+        embeddings: torch.Tensor = models.pipeline.encode_prompt(
+            text, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS, device=models.device
+        )[0]
         return embeddings
 
-    return _remembered(models.texts, text, encode, CACHED_TEXTS)
+    work = Work(name="encode_text")
+    return _remembered(
+        models.texts, text, lambda: models.residence.run(encode, "text_encoder", work=work), CACHED_TEXTS
+    )
 
 
 def decode(models: WanModels, latents: torch.Tensor) -> Frames:
@@ -156,13 +161,13 @@ def decoded(models: WanModels, latents: torch.Tensor) -> Iterator[Frames]:
     # Asked at once, it would let the device run dry.
     is_finite = Arriving(torch.isfinite(latents).all())
     try:
-        with models.residence.use("vae", work=Work(name="decode", shape=latents.shape[2:])):
-            for frames in models.decoder.chunks(latents):
-                if not is_finite.wait():
-                    raise GenerationError(
-                        f"{models.name} produced values that are no numbers; try another seed or guidance scale"
-                    )
-                yield frames
+        work = Work(name="decode", shape=latents.shape[2:])
+        for frames in models.residence.stream(lambda: models.decoder.chunks(latents), "vae", work=work):
+            if not is_finite.wait():
+                raise GenerationError(
+                    f"{models.name} produced values that are no numbers; try another seed or guidance scale"
+                )
+            yield frames
     finally:
         # Where models are offloaded, the VAE leaves the device; elsewhere this does nothing.
         models.pipeline.maybe_free_model_hooks()
@@ -280,9 +285,7 @@ def _run_image(
     pictures = {"image": fit_image(first, size)}
     if arguments.last_frame is not None:
         pictures["last_image"] = fit_image(arguments.last_frame, size)
-    scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift, arguments.tier)
-    latents = _call(arguments, models, scheduler, size, on_progress, generator=_generator(arguments), **pictures)
-    return latents, "image_to_video_weights", None
+    return _call(arguments, models, size, on_progress, **pictures), "image_to_video_weights", None
 
 
 def _run_vace(
@@ -306,10 +309,8 @@ def _run_vace(
     latents = _call(
         arguments,
         models,
-        make_scheduler(arguments.sample_solver, arguments.sample_shift, arguments.tier),
         size,
         on_progress,
-        generator=_generator(arguments),
         video=video,
         mask=mask,
         reference_images=references or None,
@@ -323,28 +324,26 @@ def _run_vace(
 def _call(
     arguments: GenerateArguments,
     models: WanModels,
-    scheduler: Any,
     size: tuple[int, int],
     on_progress: OnProgress,
     **options: Any,
 ) -> torch.Tensor:
     """Run the diffusers pipeline up to the latents."""
-
     pacer = StepPacer(str(models.device))
     steps = _steps_computed(arguments)
+    width, height = size
+    texts = _texts(arguments, models)
 
     def step_ended(_pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
         pacer.step()
         on_progress(step + 1, steps)
         return {}
 
-    models.pipeline.scheduler = scheduler
-    width, height = size
-    texts = _texts(arguments, models)
-    parts = [name for name in models.parts if name != "text_encoder"]
-    with models.residence.use(*parts, work=_denoising(arguments, size, rows=len(texts))):
+    def denoised() -> torch.Tensor:
+        models.pipeline.scheduler = make_scheduler(arguments.sample_solver, arguments.sample_shift, arguments.tier)
         latents: torch.Tensor = models.pipeline(
             **texts,
+            generator=_generator(arguments),
             width=width,
             height=height,
             num_frames=arguments.frame_num,
@@ -355,7 +354,10 @@ def _call(
             callback_on_step_end=step_ended,
             **options,
         )[0]
-    return latents
+        return latents
+
+    parts = [name for name in models.parts if name != "text_encoder"]
+    return models.residence.run(denoised, *parts, work=_denoising(arguments, size, rows=len(texts)))
 
 
 def _denoising(arguments: GenerateArguments, size: tuple[int, int], *, rows: int) -> Work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attrs
@@ -12,9 +12,10 @@ import torch
 from ourvidz_wan import plugin
 from ourvidz_wan.arguments import GenerateArguments
 from ourvidz_wan.checkpoints import WanModels, load_models
+from ourvidz_wan.decoding import Decoder, Frames
 from ourvidz_wan.job_types import JOB_TYPES
 from ourvidz_wan.prediction import LocalPredictor
-from ourvidz_wan.sampling import sample
+from ourvidz_wan.sampling import decode, sample
 from ourvidz_wan.tasks import TASKS
 
 from ourvidz_core.engine.device_memory import GIB
@@ -49,6 +50,29 @@ def test_parts_take_turns_on_a_small_device(
     assert all("wan (transformer)" in names and "wan (vae)" not in names for names in there)
     assert set(cache.on_device) == {"wan (vae)"}
     assert np.array_equal(made.frames, expected.frames)
+
+
+def test_a_video_whose_decoding_runs_out_of_memory_in_the_middle_is_whole(
+    models: WanModels, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    expected = decode(models, latents)
+    cache = ModelCache(find_device=lambda: torch.device("cpu"))
+    cache.get("another", lambda: torch.nn.Linear(4, 4))
+    loaded = cache.get("wan", lambda: load_models(model_dir, T2V), parts=lambda model: model.parts)
+    whole = Decoder.chunks
+
+    def chunks(decoder: Decoder, given: torch.Tensor) -> Iterator[Frames]:
+        for number, frames in enumerate(whole(decoder, given)):
+            if number == 1 and "another" in cache.on_device:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield frames
+
+    monkeypatch.setattr(Decoder, "chunks", chunks)
+    made = decode(attrs.evolve(loaded, residence=cache.residence("wan")), latents)
+
+    assert np.array_equal(made, expected)
+    assert (cache.traffic.retries, set(cache.on_device)) == (1, {"wan (vae)"})
 
 
 def test_graphs_go_before_the_weights_that_they_were_recorded_on(

@@ -18,6 +18,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 
+from ourvidz_core.engine.device_memory import is_out_of_memory
 from ourvidz_core.engine.perform import STICKY_DEVICE_ERRORS
 from ourvidz_core.engine.variants import find_model
 from ourvidz_core.errors import EngineUnusable, GenerationError, ModelUnavailable
@@ -178,8 +179,14 @@ def _enhanced(
     writer = _writer(settings, context, facts)
     started = time.monotonic()
     try:
-        with context.models.residence(writer_key(settings)).use(work=Work(name="write")):
-            draft = _written(task, writer, settings, context, facts)
+        place = context.models.residence(writer_key(settings))
+        draft = place.run(lambda: _written(task, writer, settings, context, facts), work=Work(name="write"))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        # Its memory is what the generation needs now.
+        context.models.drop(writer_key(settings))
+        raise _Unenhanced("the device has too little memory for the language model") from None
     finally:
         facts["enhancement_seconds"] = round(time.monotonic() - started, 3)
         facts["enhancement_model"] = writer.name
@@ -218,7 +225,7 @@ def _written(
             raise _Unenhanced(f"{late}; the try before: {reason}" if reason else late) from None
         except WorkFailed as failure:
             facts["enhancement_tokens"] += effort.tokens
-            reason = _reason_of(failure, settings, context)
+            reason = _reason_of(failure)
             continue
         facts["enhancement_tokens"] += draft.tokens
         text = tidied(draft.text)
@@ -233,15 +240,13 @@ def _written(
     raise _Unenhanced(reason)
 
 
-def _reason_of(failure: WorkFailed, settings: EnhancerSettings, context: JobContext) -> str:
+def _reason_of(failure: WorkFailed) -> str:
     cause = failure.__cause__
     text = str(cause)
-    if any(sign in text for sign in STICKY_DEVICE_ERRORS) and "out of memory" not in text.lower():
+    if cause is not None and is_out_of_memory(cause):
+        raise cause  # the same may do with the device to itself
+    if any(sign in text for sign in STICKY_DEVICE_ERRORS):
         raise EngineUnusable(f"the device is broken until the engine restarts: {text}") from cause
-    if type(cause).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
-        # Its memory is what the generation needs now.
-        context.models.drop(writer_key(settings))
-        raise _Unenhanced("the device has too little memory for the language model") from None
     logger.warning("the language model failed", exc_info=cause)
     # What a server says may quote the prompt or the address; its own words stay in the log.
     return text if type(cause).__name__ == "ServerFailed" else f"the model raised {type(cause).__name__}"

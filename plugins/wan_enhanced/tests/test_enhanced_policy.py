@@ -154,6 +154,15 @@ def test_a_device_that_is_broken_is_the_engines_matter(asking):
         asking(StubWriter([RuntimeError("CUDA error: an illegal memory access was encountered")]))
 
 
+def test_a_model_that_ran_out_of_memory_writes_with_the_device_to_itself(asking, context_of, tmp_path):
+    writer = StubWriter([torch.OutOfMemoryError("CUDA out of memory"), GOOD])
+    context = context_with(writer, context_of, tmp_path)
+    context.models.get("another", lambda: torch.nn.Linear(4, 4))
+    enhancement, _ = asking(None, context=context)
+    assert enhancement.prompt == GOOD
+    assert "another" not in context.models.keys
+
+
 def test_a_model_without_memory_makes_room_for_the_generator(asking, context_of, tmp_path):
     context = context_with(StubWriter([torch.OutOfMemoryError("out of memory")]), context_of, tmp_path)
     asking(None, context=context)
