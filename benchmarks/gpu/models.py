@@ -91,13 +91,13 @@ def _small_qwen(directory: Path) -> None:
     example("tiny_qwen").save(directory, is_random=True)
 
 
-def _on_gpu(make: Callable[[], Any], dtype: str = "bfloat16") -> Any:
+def _on_gpu(make: Callable[[], Any], dtype: str = "bfloat16", device: str = "cuda") -> Any:
     import torch
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        with torch.device("cuda"), torch.no_grad():
+        with torch.device(device), torch.no_grad():
             return make().eval()
     finally:
         torch.set_default_dtype(before)
@@ -133,8 +133,8 @@ def _shipped(name: str) -> dict[str, Any]:
     return {key: value for key, value in json.loads(text).items() if not key.startswith("_")}
 
 
-def sdxl_unet() -> Any:
-    """SDXL's, on the GPU in bfloat16, with random weights."""
+def sdxl_unet(device: str = "cuda") -> Any:
+    """SDXL's in bfloat16, with random weights; on the device ``meta`` without any."""
     from diffusers import UNet2DConditionModel
 
     return _on_gpu(
@@ -151,13 +151,32 @@ def sdxl_unet() -> Any:
             addition_embed_type="text_time",
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
+        ),
+        device=device,
+    )
+
+
+def sdxl_vae() -> Any:
+    """SDXL's autoencoder, likewise."""
+    from diffusers import AutoencoderKL
+
+    return _on_gpu(
+        lambda: AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=1024,
+            scaling_factor=0.13025,
+            force_upcast=True,
         )
     )
 
 
 def _sdxl(directory: Path) -> None:
     import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
@@ -186,19 +205,7 @@ def _sdxl(directory: Path) -> None:
         hidden_act="gelu",
         **text,
     )
-    unet = sdxl_unet()
-    vae = _on_gpu(
-        lambda: AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=1024,
-            scaling_factor=0.13025,
-            force_upcast=True,
-        )
-    )
+    unet, vae = sdxl_unet(), sdxl_vae()
     with torch.no_grad():
         noise = torch.randn(1, 4, 64, 64, device="cuda", dtype=torch.bfloat16)
         vae.decoder.conv_out.weight.mul_(PICTURE_CONTRAST / vae.decode(noise / 0.13025).sample.std())

@@ -213,8 +213,8 @@ class _FastBlock:
         normed = self._normed(block.norm1, total, 0)
         _add(total, _attended(own, *own.to_qkv(normed).chunk(3, dim=-1)), own.to_out[0])
         normed = self._normed(block.norm2, total, 1)
-        keys, values = self._texts.of(text, self._layer).chunk(2, dim=-1)
-        _add(total, _attended(seen, seen.to_q(normed), keys, values), seen.to_out[0])
+        look_at = self._operations.look_at
+        _add(total, look_at(seen.to_q(normed), self._texts.of(text, self._layer), seen.heads), seen.to_out[0])
         normed = self._normed(block.norm3, total, 2)
         _add(total, self._operations.geglu(normed, gated.weight, gated.bias), block.ff.net[2])
 

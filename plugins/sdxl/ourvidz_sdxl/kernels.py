@@ -20,6 +20,10 @@ LAYER_NORM_WARPS = 4
 #: Rows, columns, depth of a tile; how many are loaded ahead; warps; tiles of rows that share their columns.
 GEGLU_TILE = (128, 128, 64)
 GEGLU_STAGES, GEGLU_WARPS, GEGLU_GROUP = 3, 8, 4
+#: Queries of a tile, tiles of a program, warps: of the attention to a text.
+LOOK_TILE, LOOK_TILES, LOOK_WARPS = 128, 4, 8
+#: Tokens of a text that are looked at at once, and channels of a head, one of these.
+LOOK_TOKENS, LOOK_CHANNELS = 256, (16, 32, 64, 128)
 #: Pixels and channels that a program of the group norm holds at once.
 _PIXELS, _CHANNELS = 128, 64
 #: Moments of a picture that are put together: of a large one a program takes up to eight tiles of pixels.
@@ -86,6 +90,29 @@ def geglu_of_product(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     made = product.new_empty((*product.shape[:-1], width))
     with _on(product):
         _gate[(triton.cdiv(made.numel(), _BLOCK),)](product, made, made.numel(), width, BLOCK=_BLOCK)
+    return made
+
+
+def look_at(query: torch.Tensor, text: torch.Tensor, heads: int) -> torch.Tensor:
+    """Attention of ``query`` (rows, tokens, channels) to a text's keys and values beside each other."""
+    query, text = query.contiguous(), text.contiguous()
+    rows, tokens, channels = query.shape
+    made = torch.empty_like(query)
+    with _on(query):
+        _look_at[(triton.cdiv(tokens, LOOK_TILE * LOOK_TILES), heads, rows)](
+            query,
+            text,
+            made,
+            tokens,
+            text.shape[1],
+            channels,
+            (channels // heads) ** -0.5 * _LOG2_E,
+            TILE=LOOK_TILE,
+            TILES=LOOK_TILES,
+            SEEN=max(16, triton.next_power_of_2(text.shape[1])),
+            HEAD=channels // heads,
+            num_warps=LOOK_WARPS,
+        )
     return made
 
 
@@ -235,6 +262,38 @@ def _gate(product, made, count, width, BLOCK: tl.constexpr):
     gate = tl.load(product + place + width, mask=is_there, other=0.0).to(tl.float32)
     gated = value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
     tl.store(made + index, gated.to(made.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _look_at(
+    query,
+    text,
+    made,
+    tokens,
+    seen,
+    channels,
+    factor,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    SEEN: tl.constexpr,
+    HEAD: tl.constexpr,
+):
+    row = tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * HEAD + tl.arange(0, HEAD)
+    word = tl.arange(0, SEEN)
+    is_word = word < seen
+    place = (row * seen + word)[:, None] * (2 * channels) + column[None, :]
+    keys = tl.load(text + place, mask=is_word[:, None], other=0.0)
+    values = tl.load(text + place + channels, mask=is_word[:, None], other=0.0)
+    for tile in range(TILES):
+        token = (tl.program_id(0) * TILES + tile) * TILE + tl.arange(0, TILE)
+        is_there = (token < tokens)[:, None]
+        spot = (row * tokens + token)[:, None] * channels + column[None, :]
+        asked = tl.load(query + spot, mask=is_there, other=0.0)
+        scores = tl.where(is_word[None, :], tl.dot(asked, keys.T) * factor, float("-inf"))
+        powers = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+        found = tl.dot(powers.to(values.dtype), values) / tl.sum(powers, axis=1)[:, None]
+        tl.store(made + spot, found.to(made.dtype.element_ty), mask=is_there)
 
 
 @triton.jit

@@ -32,6 +32,12 @@ def _geglu(given: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return value * functional.gelu(gate)
 
 
+def _look_at(query: Tensor, text: Tensor, heads: int) -> Tensor:
+    parts = (query, *text.chunk(2, dim=-1))
+    split = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+    return functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+
+
 def _group_norm(picture: Tensor, added: Tensor | None, norm: GroupNorm, is_gated: bool) -> Tensor:
     if added is not None:
         picture = picture + added[:, :, None, None]
@@ -65,6 +71,8 @@ class Operations:
     layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = _layer_norm
     #: A product with (weight, bias), of which one half goes through GELU and gates the other.
     geglu: Callable[[Tensor, Tensor, Tensor], Tensor] = _geglu
+    #: Attention of queries (rows, tokens, channels) to keys and values beside each other; and the number of heads.
+    look_at: Callable[[Tensor, Tensor, int], Tensor] = _look_at
     #: Of a picture, what is added to all pixels of a channel before, and whether it goes through SiLU then.
     group_norm: Callable[[Tensor, Tensor | None, GroupNorm, bool], Tensor] = _group_norm
     #: Of two pictures, of which the first may be changed, and a bias.
@@ -113,6 +121,9 @@ def fast_operations(device: str, dtype: torch.dtype) -> Operations:
         found["geglu"] = kernels.geglu_of_product
         if torch.cuda.get_device_capability(device) >= _MOVES_TILES and runs("geglu", kernels.geglu, product):
             found["geglu"] = _by_width(kernels.geglu, kernels.geglu_of_product)
+    looks = [(numbers(2, 200, 256), numbers(2, words, 512), 4) for words in (77, 154)]
+    if runs("look_at", kernels.look_at, *looks):
+        found["look_at"] = _by_words(kernels.look_at, kernels.LOOK_TOKENS, kernels.LOOK_CHANNELS)
     large = numbers(1, 64, 256, 257).contiguous(memory_format=torch.channels_last)
     pictures = (picture, None, norm, False), (picture, numbers(2, 64), norm, True), (large, numbers(1, 64), norm, True)
     if runs("group_norm", kernels.group_norm, *pictures):
@@ -132,6 +143,14 @@ def _by_width(of_tiles: Callable[..., Tensor], of_any: Callable[..., Tensor]) ->
         return (of_tiles if is_whole else of_any)(given, weight, bias)
 
     return geglu
+
+
+def _by_words(of_few: Callable[..., Tensor], most: int, channels: tuple[int, ...]) -> Callable[..., Tensor]:
+    def look_at(query: Tensor, text: Tensor, heads: int) -> Tensor:
+        is_usual = text.shape[1] <= most and query.shape[-1] // heads in channels
+        return (of_few if is_usual else _look_at)(query, text, heads)
+
+    return look_at
 
 
 def _by_columns(of_few: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
