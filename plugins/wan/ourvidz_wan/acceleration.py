@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -60,6 +61,23 @@ def use_kernel(transformer: torch.nn.Module, kernel: Kernel) -> None:
         attn.set_processor(KernelAttnProcessor(kernel))
     if not isinstance(model.rope, SignedRope):
         model.rope = SignedRope(model.rope)
+
+
+@contextmanager
+def attending_in_fp8(transformer: torch.nn.Module) -> Iterator[None]:
+    """Have what :func:`use_kernel` prepared attend to itself in fp8 meanwhile, and to its text as before.
+
+    The first time it is compiled once more.
+    """
+    processors = [attn.processor for _, attn in _named(transformer, "attn1")]
+    before = [processor.kernel for processor in processors]
+    for processor in processors:
+        processor.kernel = Kernel.FLASH_3_FP8
+    try:
+        yield
+    finally:
+        for processor, kernel in zip(processors, before, strict=True):
+            processor.kernel = kernel
 
 
 def fuse_projections(transformer: torch.nn.Module) -> None:

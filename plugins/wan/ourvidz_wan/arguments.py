@@ -59,6 +59,8 @@ class GenerateArguments:
     gpus: int = 1
     device: str = "auto"
     tier: Tier = Tier.EXACT
+    #: In the fast tier alone.
+    fp8_attention: bool = False
     #: What the file says beside the facts, such as what its prompt was made of.
     metadata: Mapping[str, str] = field(factory=dict)
 
@@ -106,6 +108,7 @@ def parse_arguments(argv: Sequence[str]) -> GenerateArguments:
         gpus=given.gpus,
         device=given.device,
         tier=Tier(given.tier),
+        fp8_attention=given.fp8_attention,
         metadata=given.metadata,
     )
 
@@ -156,6 +159,12 @@ def make_parser() -> argparse.ArgumentParser:
         choices=[tier.value for tier in Tier],
         help="exact: every step; fast: under half of them (default: %(default)s)",
     )
+    add(
+        "--fp8_attention",
+        type=_truth,
+        default=False,
+        help="fast tier: attend in fp8 where the GPU can, less exactly (default: False)",
+    )
     add("--metadata", type=_texts, default={}, help="JSON object of texts that the file says of itself, too")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     return parser
@@ -200,6 +209,8 @@ def _check_numbers(given: argparse.Namespace) -> None:
         raise UsageError(f"--sample_shift {given.sample_shift} must be a number above 0")
     if not -1 <= given.base_seed < 2**63:
         raise UsageError(f"--base_seed {given.base_seed} must be from 0 to 2**63 - 1, or -1 for a random one")
+    if given.fp8_attention and given.tier == Tier.EXACT.value:
+        raise UsageError("--fp8_attention is not exact; use it with --tier fast")
     if given.gpus < 1:
         raise UsageError(f"--gpus {given.gpus} is too few; use at least 1")
     if not 0.1 <= given.reference_strength <= 1.0:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Callable
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -15,15 +13,15 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ourvidz_wan.flash_3 import FLASH_3_HEAD_DIM, flash_3
+from ourvidz_wan.fp8 import attend_in_fp8
+
 logger = logging.getLogger(__name__)
 
-#: Modules that may hold FlashAttention 3: the wheel ``fa3-fwd``, and what its authors' own build installs.
-FLASH_3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
-#: Heads that it is used for: WAN's, with which it was measured. A build may leave other sizes out, and after an illegal
-#: instruction a process can use its device no more, so that trying is no way to find out.
-FLASH_3_HEAD_DIM = 128
 #: A kernel that differs more than this from torch's plain one does not work on this device.
 TOLERATED_ERROR = 2e-2
+#: The same of fp8: 0.054 was measured.
+TOLERATED_ERROR_OF_FP8 = 0.1
 _PROBED_TOKENS = 256
 
 
@@ -31,6 +29,8 @@ class Kernel(StrEnum):
     """What computes the attention; the names that facts say."""
 
     FLASH_3 = "fa3"
+    #: In fewer bits; see :mod:`ourvidz_wan.fp8`.
+    FLASH_3_FP8 = "fa3_fp8"
     CUDNN = "cudnn"
     #: Whatever torch picks: FlashAttention 2 on an Ada or Ampere card.
     TORCH = "torch"
@@ -60,31 +60,25 @@ def best_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kern
     return Kernel.TORCH
 
 
+@lru_cache(maxsize=8)
+def may_attend_in_fp8(device: torch.device, kernel: Kernel) -> bool:
+    """Whether what attends by ``kernel`` can do so in fp8, too; tried once, where that is FlashAttention 3."""
+    return kernel is Kernel.FLASH_3 and _works(Kernel.FLASH_3_FP8, device, torch.bfloat16, FLASH_3_HEAD_DIM)
+
+
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: Kernel) -> torch.Tensor:
     """Attention over ``[batch, tokens, heads, channels]``, and the same again."""
     if kernel is Kernel.FLASH_3:
         attended: torch.Tensor = flash_3(query, key, value)
         return attended
+    if kernel is Kernel.FLASH_3_FP8:
+        return attend_in_fp8(query, key, value)
     # The heads stay where they are: these kernels take strides.
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if kernel is Kernel.CUDNN:
         with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
             return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-
-
-@torch.library.custom_op("ourvidz_wan::flash_3", mutates_args=())  # type: ignore[untyped-decorator]
-def flash_3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """FlashAttention 3 as one operation, so that a compiler takes it whole."""
-    attended: Any = _flash_3_function()(query, key, value)
-    # Builds differ in whether they also give the sums of the softmax.
-    result: torch.Tensor = attended[0] if isinstance(attended, tuple) else attended
-    return result
-
-
-@flash_3.register_fake  # type: ignore[untyped-decorator]
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 class KernelAttnProcessor(WanAttnProcessor):  # type: ignore[misc]
@@ -163,19 +157,6 @@ def _projected(
     return attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
 
 
-@lru_cache(maxsize=1)
-def _flash_3_function() -> Callable[..., Any]:
-    for name in FLASH_3_MODULES:
-        try:
-            function: Callable[..., Any] = importlib.import_module(name).flash_attn_func
-        except ImportError as error:
-            if getattr(error, "name", None) != name:
-                logger.warning("FlashAttention 3 is installed and cannot be used: %s", error)
-            continue
-        return function
-    raise ImportError(f"FlashAttention 3 is not installed (no module {' or '.join(FLASH_3_MODULES)})")
-
-
 def _works(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, _PROBED_TOKENS, 2, head_dim)
@@ -193,7 +174,7 @@ def _works(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: i
     except (RuntimeError, AssertionError, NotImplementedError) as reason:
         logger.info("attention by %s does not work here: %s", kernel.value, reason)
         return False
-    if error > TOLERATED_ERROR:
+    if not error <= (TOLERATED_ERROR_OF_FP8 if kernel is Kernel.FLASH_3_FP8 else TOLERATED_ERROR):
         logger.warning("attention by %s is off by %.3g on this device and is not used", kernel.value, error)
         return False
     return True

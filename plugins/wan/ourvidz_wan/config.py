@@ -125,6 +125,10 @@ class WanSettings:
         default=Tier.EXACT,
         help="exact: every step; fast: under half of them, sooner and nearly the same; a job's own config.tier counts",
     )
+    fp8_attention: bool = option(
+        default=False,
+        help="In the fast tier, videos attend in fp8 where the GPU can: sooner again, and less like the exact tier",
+    )
     use_job_negative_prompt: bool = option(
         default=False, help="Give a job's own negative prompt to the model in place of the model's default"
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ from ourvidz_wan.jobs import TASK, uses_strength
 
 if TYPE_CHECKING:
     from ourvidz_wan.checkpoints import WanModels
+
+logger = logging.getLogger(__name__)
 
 #: The option that hands over each reference.
 OPTION_OF_ROLE = {"single": "image", "start": "first_frame", "end": "last_frame"}
@@ -96,6 +100,8 @@ def build_wan_command(job: Job, context: JobContext, *, metadata: Mapping[str, s
         tier = config.tier or settings.tier
         if tier is not Tier.EXACT:
             options["tier"] = tier.value
+            if settings.fp8_attention:
+                options["fp8_attention"] = True
         if settings.gpus > 1:
             options["gpus"] = settings.gpus
         if settings.use_job_negative_prompt and job.negative_prompt is not None:
@@ -132,10 +138,17 @@ def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
     settings = context.settings(WanSettings)
     if settings.script is not None or settings.run_as is RunAs.SUBPROCESS:
         return
+    logger.info("importing torch")
+    import torch  # noqa: F401 - apart from what follows, for the log's sake
+
+    logger.info("importing diffusers and transformers")
+    import ourvidz_wan.sampling  # noqa: F401 - likewise
+    from ourvidz_core.engine.compilation import compiled_so_far
     from ourvidz_wan.generate import run
 
     config: WanConfig = job_types[0].preset
-    for size, frame_num in shapes_to_warm(job_types, context.device):
+    logger.info("loading the model")
+    for size, frame_num, tier in shapes_to_warm(job_types, context.device, settings):
         options = {
             "task": TASK,
             "ckpt_dir": _ckpt_dir(TASK, settings),
@@ -147,23 +160,37 @@ def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
             "base_seed": 0,
             "offload_model": settings.offload_model,
             "gpus": settings.gpus,
+            "tier": tier.value,
+            "fp8_attention": tier is Tier.FAST,
             "prompt": "",
             "save_file": context.output_path("png" if frame_num == 1 else "mp4"),
         }
         arguments = _checked([f"--{name}={value}" for name, value in options.items()])
-        run(arguments, _warm(arguments, context), context.progress)
+        models = _warm(arguments, context)
+        began, before = time.monotonic(), compiled_so_far()
+        logger.info("making a step of %d frames at %s, %s tier", frame_num, size, tier.value)
+        run(arguments, models, context.progress)
+        compiled = compiled_so_far()
+        logger.info(
+            "made it in %.2f s; %d functions were compiled, or found compiled, in %.2f s",
+            time.monotonic() - began,
+            compiled.functions - before.functions,
+            compiled.seconds - before.seconds,
+        )
 
 
-def shapes_to_warm(job_types: Sequence[JobType], device: str) -> list[tuple[str, int]]:
-    """Sizes and numbers of frames that a warm-up makes: an image, and on a GPU what each preset makes.
+def shapes_to_warm(job_types: Sequence[JobType], device: str, settings: WanSettings) -> list[tuple[str, int, Tier]]:
+    """Sizes, numbers of frames and tiers that a warm-up makes: an image, and on a GPU what each preset makes.
 
-    Elsewhere nothing is compiled, and a video takes long.
+    Elsewhere nothing is compiled, and a video takes long. Only in fp8 has the fast tier kernels of its own.
     """
     presets: list[WanConfig] = [job_type.preset for job_type in job_types]
     image = (presets[0].size, 1)
     if not device.startswith("cuda"):
-        return [image]
-    return list(dict.fromkeys([image, *((preset.size, preset.frame_num) for preset in presets)]))
+        return [(*image, Tier.EXACT)]
+    shapes = list(dict.fromkeys([image, *((preset.size, preset.frame_num) for preset in presets)]))
+    in_fp8 = [(*shape, Tier.FAST) for shape in shapes if settings.fp8_attention and shape[1] > 1]
+    return [*((*shape, Tier.EXACT) for shape in shapes), *in_fp8]
 
 
 def command_environment(settings: WanSettings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +20,9 @@ from PIL import Image, ImageOps
 from ourvidz_core.engine.pacing import StepPacer
 from ourvidz_core.errors import GenerationError, ReferenceInvalid
 from ourvidz_core.plugins.residency import Work
+from ourvidz_wan.acceleration import attending_in_fp8
 from ourvidz_wan.arguments import GenerateArguments
+from ourvidz_wan.attention import Kernel, may_attend_in_fp8
 from ourvidz_wan.checkpoints import WanModels, make_scheduler
 from ourvidz_wan.conditioning import (
     ConditionedScheduler,
@@ -27,12 +32,15 @@ from ourvidz_wan.conditioning import (
     pinned,
     resembling,
 )
-from ourvidz_wan.config import Tier, as_size, frames_of, scaled_size
+from ourvidz_wan.config import FRAMES_PER_LATENT, PATCH_PIXELS, Tier, as_size, frames_of, scaled_size
 from ourvidz_wan.decoding import Arriving, Frames, latent_statistics
 from ourvidz_wan.denoising import denoise
+from ourvidz_wan.prediction import LAUNCH_BOUND_TOKENS, LocalPredictor
 from ourvidz_wan.tasks import Pipeline
 from ourvidz_wan.tiers import steps_taken
 from ourvidz_wan.video import read_video
+
+logger = logging.getLogger(__name__)
 
 #: Called with the step that is done and the number of steps; may raise to stop.
 OnProgress = Callable[[int, int], None]
@@ -180,7 +188,9 @@ def _make_latents(arguments: GenerateArguments, models: WanModels, on_progress: 
     if is_end_ignored:
         arguments = attrs.evolve(arguments, last_frame=None)
     runs = {Pipeline.TEXT: _run_text, Pipeline.IMAGE: _run_image, Pipeline.VACE: _run_vace}
-    latents, method, strength = runs[arguments.task.pipeline](arguments, models, (width, height), on_progress)
+    in_fp8 = arguments.fp8_attention and _may_attend_in_fp8(arguments, models, (width, height))
+    with attending_in_fp8(models.pipeline.transformer) if in_fp8 else nullcontext():
+        latents, method, strength = runs[arguments.task.pipeline](arguments, models, (width, height), on_progress)
     facts = {
         "wan_task": arguments.task.name,
         "model": models.name,
@@ -209,8 +219,28 @@ def _make_latents(arguments: GenerateArguments, models: WanModels, on_progress: 
     if models.acceleration is not None:
         facts |= models.acceleration.facts
     facts |= models.predictor.facts
+    if in_fp8:
+        facts["attention"] = Kernel.FLASH_3_FP8.value
     facts |= models.decoder.facts
     return Latents(latents=latents, size=(width, height), fps=models.variant.fps, facts=facts)
+
+
+def _may_attend_in_fp8(arguments: GenerateArguments, models: WanModels, size: tuple[int, int]) -> bool:
+    """Whether this run gains from fp8 and its device has it. Other GPUs that predict as well do not hear of it."""
+    width, height = size
+    frames = (arguments.frame_num - 1) // FRAMES_PER_LATENT + 1
+    if math.prod((frames, width // PATCH_PIXELS, height // PATCH_PIXELS)) <= LAUNCH_BOUND_TOKENS:
+        return False
+    is_possible = (
+        models.acceleration is not None
+        and isinstance(models.predictor, LocalPredictor)
+        and may_attend_in_fp8(models.device, models.acceleration.kernel)
+    )
+    if not is_possible:
+        logger.warning(
+            "fp8 attention was asked for and is not used: it needs one GPU of Hopper's kind, FlashAttention 3"
+        )
+    return is_possible
 
 
 def _run_text(

@@ -85,6 +85,7 @@ REFUSED = {
     "frames that are no number": (("--frame_num=many",), "--frame_num"),
     "no weights": (("--ckpt_dir=PLACE/nowhere",), "nowhere is no directory"),
     "weights that are a file": (("--ckpt_dir=PLACE/red.png",), "red.png is no directory"),
+    "fp8 in the exact tier": (("--fp8_attention=True",), "--fp8_attention is not exact; use it with --tier fast"),
     "unreadable image": (("--image=PLACE/words.png",), "words.png is not a readable image"),
     "empty image": (("--image=PLACE/empty.png",), "empty.png is not a readable image"),
     "half an image": (("--first_frame=PLACE/half.png",), "half.png is not a readable image"),

@@ -13,9 +13,10 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from ourvidz_wan import checkpoints, decoding, prediction
-from ourvidz_wan.attention import FLASH_3_HEAD_DIM, FLASH_3_MODULES, Kernel, attend, best_kernel
+from ourvidz_wan.attention import Kernel, attend, best_kernel
 from ourvidz_wan.checkpoints import load_models, make_scheduler
 from ourvidz_wan.config import Solver
+from ourvidz_wan.flash_3 import FLASH_3_HEAD_DIM, FLASH_3_MODULES
 from ourvidz_wan.sampling import make_latents, sample
 from ourvidz_wan.tasks import TASKS
 from ourvidz_wan.video import write_video

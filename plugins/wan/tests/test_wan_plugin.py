@@ -155,9 +155,9 @@ def test_the_jobs_negative_prompt_counts_only_by_setting(context_of):
     ],
 )
 def test_the_tier_is_the_jobs_own_or_that_of_the_setting(setting, asked, tier, context_of):
-    context = context_of(tier=setting)
+    context = context_of(tier=setting, fp8_attention=True)
     _, command, generation = walk(job_of("image_fast", sample_steps=16, **asked), context)
-    assert ("--tier=fast" in command.argv) is (tier == "fast")
+    assert ("--tier=fast" in command.argv) is ("--fp8_attention=True" in command.argv) is (tier == "fast")
     assert generation.facts["tier"] == tier
     assert (generation.facts["steps"], generation.facts.get("steps_computed", 16)) == (16, len(context.steps))
     assert len(context.steps) == (8 if tier == "fast" else 16)
