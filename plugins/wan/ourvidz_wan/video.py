@@ -100,6 +100,7 @@ def write_video(
     """
     import av
     import numpy as np
+    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
     parts = iter([frames] if isinstance(frames, np.ndarray) else frames)
     first = next(parts, None)
@@ -120,9 +121,14 @@ def write_video(
         context.colorspace = context.color_primaries = context.color_trc = 1
         context.color_range = 1
         padded = (np.pad(part, padding, mode="edge") if is_odd else part for part in chain([first], parts))
+        # One for all frames: a frame's own would be made anew for each, its threads with it.
+        reformatter = VideoReformatter()
         for index, frame in enumerate(chain.from_iterable(padded)):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
-                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+            picture = reformatter.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
             )
             picture.pts = index
             picture.time_base = context.time_base
