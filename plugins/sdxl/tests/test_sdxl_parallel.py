@@ -24,7 +24,6 @@ from ourvidz_sdxl.settings import SdxlSettings
 from sdxl_support import job, made, pixels
 
 from ourvidz_core.doctor.gpus import Gpu, GpuReport
-from ourvidz_core.engine.host import EngineProcess
 from ourvidz_core.engine.models import ModelCache
 from ourvidz_core.engine.protocol import encode_error
 from ourvidz_core.errors import (
@@ -35,9 +34,8 @@ from ourvidz_core.errors import (
     ModelUnavailable,
     OutOfMemory,
 )
-from ourvidz_core.plugins.loading import load_registry
-from ourvidz_core.settings import engine_environment, load
 from ourvidz_core.testing.doubles import RecordingContext
+from ourvidz_core.testing.ranks import outlive_lost_ranks
 from ourvidz_core.wire.artifacts import Generation
 from ourvidz_core.wire.payloads import Payload
 
@@ -250,29 +248,20 @@ def test_four_gpus_share_six_images_and_warm_up_together(
 
 @pytest.mark.slow
 def test_an_engine_that_lost_a_rank_is_replaced_with_all_its_ranks(tiny_model: Path, tmp_path: Path) -> None:
-    registry = load_registry(load({}))
-    environment = {**engine_environment(load({})), "OURVIDZ_SDXL_MODEL": str(tiny_model), "OURVIDZ_SDXL_GPUS": "2"}
     config = {"num_inference_steps": 6, "num_images": 3, "seed": 1}
-    payload = Payload(id="job-1", type="sdxl_image_fast", prompt="a cat", user_id="user-1", config=config)
-    a_job = registry.get("sdxl_image_fast").parse_job(payload)
-    engine = EngineProcess(registry, {**environment, "OURVIDZ_DEVICE": "cpu", "OMP_NUM_THREADS": "1"})
-
-    def kill_rank(stage: str, step: int, total: int) -> None:
-        for process in _ranks_of(engine):
-            process.kill()
-
-    try:
-        with pytest.raises(EngineUnusable, match=r"rank 1 .* died: signal SIGKILL"):
-            engine.run(a_job, work_dir=tmp_path, timeout_seconds=300.0, on_progress=kill_rank)
-        finished = engine.run(a_job, work_dir=tmp_path, timeout_seconds=300.0)
-        left = _ranks_of(engine)
-    finally:
-        engine.close()
+    finished = outlive_lost_ranks(
+        Payload(id="job-1", type="sdxl_image_fast", prompt="a cat", user_id="user-1", config=config),
+        {
+            "OURVIDZ_SDXL_MODEL": str(tiny_model),
+            "OURVIDZ_SDXL_GPUS": "2",
+            "OURVIDZ_DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+        },
+        module="ourvidz_sdxl.parallel.follower",
+        work_dir=tmp_path,
+    )
     assert finished.generation.facts["gpus"] == 2
     assert len(finished.generation.artifacts) == 3
-    assert len(left) == 1
-    psutil.wait_procs(left, timeout=10.0)
-    assert not any(process.is_running() for process in left)
 
 
 @pytest.mark.gpu
@@ -307,9 +296,3 @@ def test_two_real_gpus_make_the_images_of_one(
             difference = np.abs(pixels(ours) - pixels(other))
             print(f"seed {ours.seed}, {what}: {np.mean(difference == 0):.4f} equal, at most {difference.max()} apart")
             assert np.mean(difference <= 1) >= 0.99
-
-
-def _ranks_of(engine: EngineProcess) -> list[psutil.Process]:
-    assert engine.pid is not None
-    children = psutil.Process(engine.pid).children(recursive=True)
-    return [process for process in children if "ourvidz_sdxl.parallel.follower" in process.cmdline()]

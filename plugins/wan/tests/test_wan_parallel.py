@@ -24,11 +24,9 @@ from ourvidz_wan.sampling import make_latents
 from ourvidz_wan.tasks import TASKS
 
 from ourvidz_core.doctor.gpus import Gpu, GpuReport
-from ourvidz_core.engine.host import EngineProcess
 from ourvidz_core.engine.ranks import devices_of
 from ourvidz_core.errors import EngineUnusable, GenerationError, JobCancelled, ModelUnavailable
-from ourvidz_core.plugins.loading import load_registry
-from ourvidz_core.settings import engine_environment, load
+from ourvidz_core.testing.ranks import outlive_lost_ranks
 from ourvidz_core.wire.payloads import Payload
 
 CPU = torch.device("cpu")
@@ -196,34 +194,19 @@ def test_the_command_line_uses_several_and_leaves_no_process(even_dir: Path, tmp
 
 @pytest.mark.slow
 def test_an_engine_that_lost_a_rank_is_replaced_with_all_its_ranks(even_dir: Path, tmp_path: Path) -> None:
-    registry = load_registry(load({}))
-    environment = {**engine_environment(load({})), "OURVIDZ_WAN_CKPT_DIR": str(even_dir), "OURVIDZ_WAN_GPUS": "2"}
     config = {"sample_steps": 6, "frame_num": 9, "seed": 1}
-    payload = Payload(id="job-1", type="video_fast", prompt="a cat", user_id="user-1", config=config)
-    job = registry.get("video_fast").parse_job(payload)
-    engine = EngineProcess(registry, {**environment, "OURVIDZ_DEVICE": "cpu", "OMP_NUM_THREADS": "1"})
-
-    def kill_rank(stage: str, step: int, total: int) -> None:
-        for process in _ranks_of(engine):
-            process.kill()
-
-    try:
-        with pytest.raises(EngineUnusable, match=r"rank 1 .* died: signal SIGKILL"):
-            engine.run(job, work_dir=tmp_path, timeout_seconds=300.0, on_progress=kill_rank)
-        finished = engine.run(job, work_dir=tmp_path, timeout_seconds=300.0)
-        left = _ranks_of(engine)
-    finally:
-        engine.close()
+    finished = outlive_lost_ranks(
+        Payload(id="job-1", type="video_fast", prompt="a cat", user_id="user-1", config=config),
+        {
+            "OURVIDZ_WAN_CKPT_DIR": str(even_dir),
+            "OURVIDZ_WAN_GPUS": "2",
+            "OURVIDZ_DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+        },
+        module="ourvidz_wan.parallel.follower",
+        work_dir=tmp_path,
+    )
     assert finished.generation.facts["gpus"] == 2
-    assert len(left) == 1
-    psutil.wait_procs(left, timeout=10.0)
-    assert not any(process.is_running() for process in left)
-
-
-def _ranks_of(engine: EngineProcess) -> list[psutil.Process]:
-    assert engine.pid is not None
-    children = psutil.Process(engine.pid).children(recursive=True)
-    return [process for process in children if "ourvidz_wan.parallel.follower" in process.cmdline()]
 
 
 def _predict_until(shared: SharedPredictor, before: object) -> None:

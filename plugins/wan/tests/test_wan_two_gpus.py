@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import attrs
-import psutil
 import pytest
 import torch
 from ourvidz_wan import prediction
@@ -14,10 +13,8 @@ from ourvidz_wan.parallel.ranks import Ranks
 from ourvidz_wan.sampling import make_latents
 from ourvidz_wan.tasks import TASKS
 
-from ourvidz_core.engine.host import EngineProcess
-from ourvidz_core.errors import EngineUnusable, JobCancelled
-from ourvidz_core.plugins.loading import load_registry
-from ourvidz_core.settings import engine_environment, load
+from ourvidz_core.errors import JobCancelled
+from ourvidz_core.testing.ranks import outlive_lost_ranks
 from ourvidz_core.wire.payloads import Payload
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -119,37 +116,17 @@ def test_an_engine_whose_second_gpu_died_is_replaced(tiny_wan, tmp_path):
     tiny_wan.save(tiny_wan.make_pipeline("t2v"), tmp_path / "model")
     if DEVICE == "cuda":
         (tmp_path / "model" / "variant.toml").write_text(WHOLE, "utf-8")
-    registry = load_registry(load({}))
-    environment = {
-        **engine_environment(load({})),
-        "OURVIDZ_WAN_CKPT_DIR": str(tmp_path / "model"),
-        "OURVIDZ_WAN_GPUS": "2",
-        "OURVIDZ_DEVICE": DEVICE,
-        "OURVIDZ_COMPILE": "off",
-    }
     config = {"sample_steps": 12, "frame_num": 25, "seed": 1}
-    payload = Payload(id="job-1", type="video_fast", prompt="a cat", user_id="user-1", config=config)
-    job = registry.get("video_fast").parse_job(payload)
-    engine = EngineProcess(registry, environment)
-
-    def kill_the_other(stage: str, step: int, total: int) -> None:
-        for process in others(engine):
-            process.kill()
-
-    try:
-        with pytest.raises(EngineUnusable, match=r"rank 1 .* died: signal SIGKILL"):
-            engine.run(job, work_dir=tmp_path, timeout_seconds=120.0, on_progress=kill_the_other)
-        finished = engine.run(job, work_dir=tmp_path, timeout_seconds=120.0)
-        left = others(engine)
-    finally:
-        engine.close()
+    finished = outlive_lost_ranks(
+        Payload(id="job-1", type="video_fast", prompt="a cat", user_id="user-1", config=config),
+        {
+            "OURVIDZ_WAN_CKPT_DIR": str(tmp_path / "model"),
+            "OURVIDZ_WAN_GPUS": "2",
+            "OURVIDZ_DEVICE": DEVICE,
+            "OURVIDZ_COMPILE": "off",
+        },
+        module="ourvidz_wan.parallel.follower",
+        work_dir=tmp_path,
+        timeout_seconds=120.0,
+    )
     assert finished.generation.facts["gpus"] == 2
-    assert len(left) == 1
-    psutil.wait_procs(left, timeout=10.0)
-    assert not any(process.is_running() for process in left)
-
-
-def others(engine: EngineProcess) -> list[psutil.Process]:
-    assert engine.pid is not None
-    children = psutil.Process(engine.pid).children(recursive=True)
-    return [process for process in children if "ourvidz_wan.parallel.follower" in process.cmdline()]
