@@ -52,7 +52,7 @@ class OtherWays:
     def replace_norm(self, norm: Any, activation: Any, operations: Operations) -> None:
         """Let one operation do a group norm and the activation behind it, where that is SiLU."""
         if isinstance(norm, torch.nn.GroupNorm) and isinstance(activation, torch.nn.SiLU):
-            self.replace(norm, lambda picture: operations.group_norm(picture, None, norm, True))
+            self.replace(norm, lambda picture: operations.group_norm((picture,), None, norm, True))
             self.replace(activation, lambda picture: picture)
 
 
@@ -63,19 +63,23 @@ class FastParts(OtherWays):
         super().__init__()
         self._texts = TextKeys()
         self._parts: list[_FastTransformer | FastResnet | FastUpsample] = []
+        resnets: dict[Any, FastResnet] = {}
         for module in unet.modules():
             if _is_usual_transformer(module):
                 fast = _FastTransformer(module, operations, self._texts)
                 self._parts.append(fast)
                 self.replace(module, fast)
             elif FastResnet.fits(module):
-                resnet = FastResnet(module, operations)
-                self._parts.append(resnet)
-                self.replace(module, resnet)
+                resnets[module] = FastResnet(module, operations)
+                self._parts.append(resnets[module])
+                self.replace(module, resnets[module])
             elif FastUpsample.fits(module):
                 upsample = FastUpsample(module=module, weave=operations.weave)
                 self._parts.append(upsample)
                 self.replace(module, upsample)
+        for block in unet.up_blocks:
+            if _FastUpBlock.fits(block):
+                self.replace(block, _FastUpBlock(block, [resnets[resnet] for resnet in block.resnets]))
         self.replace_norm(unet.conv_norm_out, unet.conv_act, operations)
 
     @staticmethod
@@ -181,7 +185,7 @@ class _FastTransformer:
 
     def __call__(self, hidden_states: torch.Tensor, *, encoder_hidden_states: torch.Tensor, **_: Any) -> Any:
         module = self._module
-        normed = self._operations.group_norm(hidden_states, None, module.norm, False)
+        normed = self._operations.group_norm((hidden_states,), None, module.norm, False)
         hidden = module.proj_in(normed.permute(0, 2, 3, 1).flatten(1, 2))
         for block in self._blocks:
             block(hidden, encoder_hidden_states)
@@ -263,16 +267,68 @@ class FastResnet:
 
     def __call__(self, picture: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
         """The picture behind it; without ``temb`` where the block knows no time."""
+        return self.of((picture,), temb)
+
+    def of(self, pictures: Sequence[torch.Tensor], temb: torch.Tensor | None) -> torch.Tensor:
+        """The same for pictures whose channels lie beside each other."""
         module, group_norm = self._module, self._operations.group_norm
         added, last = self._biases
         if temb is None:
-            added = added.expand(len(picture), -1)
+            added = added.expand(len(pictures[0]), -1)
         else:
             added = functional.linear(functional.silu(temb), module.time_emb_proj.weight, added)
-        hidden = _convolved(module.conv1, group_norm(picture, None, module.norm1, True))
-        hidden = _convolved(module.conv2, group_norm(hidden, added, module.norm2, True))
-        shortcut = picture if module.conv_shortcut is None else _convolved(module.conv_shortcut, picture)
-        return self._operations.add_up(hidden, shortcut, last)
+        hidden = _convolved(module.conv1, group_norm(pictures, None, module.norm1, True))
+        hidden = _convolved(module.conv2, group_norm((hidden,), added, module.norm2, True))
+        return self._operations.add_up(hidden, self._shortcut(pictures), last)
+
+    def _shortcut(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        convolution = self._module.conv_shortcut
+        if convolution is None:
+            (picture,) = pictures
+            return picture
+        if len(pictures) == 1:
+            return _convolved(convolution, pictures[0])
+        parts = convolution.weight.flatten(1).split([picture.shape[1] for picture in pictures], dim=1)
+        flat = [picture.permute(0, 2, 3, 1).flatten(0, 2) for picture in pictures]
+        total = flat[0] @ parts[0].t()
+        for picture, part in zip(flat[1:], parts[1:], strict=True):
+            total.addmm_(picture, part.t())
+        rows, _, height, width = pictures[0].shape
+        return total.view(rows, height, width, -1).permute(0, 3, 1, 2)
+
+
+class _FastUpBlock:
+    """diffusers' ``CrossAttnUpBlock2D`` and ``UpBlock2D``: what was kept on the way down is read where it lies."""
+
+    def __init__(self, module: Any, resnets: Sequence[FastResnet]) -> None:
+        self._module, self._resnets = module, resnets
+        self._attentions = getattr(module, "attentions", None) or [None] * len(resnets)
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        """Whether it is as in SDXL; what is otherwise, stays as it is."""
+        return type(module).__name__ in {"CrossAttnUpBlock2D", "UpBlock2D"} and all(
+            FastResnet.fits(resnet) and resnet.conv_shortcut is not None and resnet.conv_shortcut.kernel_size == (1, 1)
+            for resnet in module.resnets
+        )
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        res_hidden_states_tuple: tuple[torch.Tensor, ...],
+        temb: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        upsample_size: Any = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        kept = reversed(res_hidden_states_tuple)
+        for resnet, attention, picture in zip(self._resnets, self._attentions, kept, strict=False):
+            hidden_states = resnet.of((hidden_states, picture), temb)
+            if attention is not None:
+                hidden_states = attention(hidden_states, encoder_hidden_states=encoder_hidden_states)[0]
+        for upsampler in self._module.upsamplers or ():
+            hidden_states = upsampler(hidden_states, upsample_size)
+        return hidden_states
 
 
 def _convolved(convolution: Any, picture: torch.Tensor) -> torch.Tensor:

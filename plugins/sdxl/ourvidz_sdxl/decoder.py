@@ -77,7 +77,7 @@ class _WideAttention:
 
     def __call__(self, picture: torch.Tensor, **_: Any) -> torch.Tensor:
         attention = self._attention
-        normed = self._operations.group_norm(picture, None, attention.group_norm, False).flatten(2).transpose(1, 2)
+        normed = self._operations.group_norm((picture,), None, attention.group_norm, False).flatten(2).transpose(1, 2)
         query, key, value = (layer(normed) for layer in (attention.to_q, attention.to_k, attention.to_v))
         made = attention.to_out[0](wide_attention(query, key, value, self._operations))
         return made.transpose(1, 2).reshape(picture.shape) + picture

@@ -8,6 +8,7 @@ What is not contiguous, pictures with channels last, is copied.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,26 +118,32 @@ def look_at(query: torch.Tensor, text: torch.Tensor, heads: int) -> torch.Tensor
 
 
 def group_norm(
-    picture: torch.Tensor, added: torch.Tensor | None, norm: torch.nn.GroupNorm, is_gated: bool
+    pictures: Sequence[torch.Tensor], added: torch.Tensor | None, norm: torch.nn.GroupNorm, is_gated: bool
 ) -> torch.Tensor:
-    """The group norm of ``picture`` (rows, channels, height, width), with ``is_gated`` through SiLU.
+    """The group norm of ``pictures``, (rows, channels, height, width) each, whose channels lie beside each other.
 
-    ``added`` (rows, channels) is added to all pixels before.
+    ``added`` (rows, all channels) is added to all pixels before. With ``is_gated`` the result goes through SiLU.
     """
-    picture = picture.contiguous(memory_format=torch.channels_last)
-    rows, channels, height, width = picture.shape
+    pictures = [picture.contiguous(memory_format=torch.channels_last) for picture in pictures]
+    rows, _, height, width = pictures[0].shape
+    channels = sum(picture.shape[1] for picture in pictures)
+    starts = [sum(before.shape[1] for before in pictures[:index]) for index in range(len(pictures))]
     pixels = height * width
-    made = torch.empty_like(picture)
+    like = {"device": pictures[0].device, "dtype": pictures[0].dtype}
+    made = torch.empty((rows, channels, height, width), memory_format=torch.channels_last, **like)
     tiles = triton.cdiv(pixels, _PIXELS)
     in_chunk = min(_TILES, _power_of_2_below(tiles // _MOMENTS))
     chunks = triton.cdiv(tiles, in_chunk)
-    moments = torch.empty((2, rows, chunks, channels), device=picture.device, dtype=torch.float32)
-    factors = torch.empty((2, rows, channels), device=picture.device, dtype=torch.float32)
-    across = triton.cdiv(channels, _CHANNELS)
+    moments = made.new_empty((2, rows, chunks, channels), dtype=torch.float32)
+    factors = made.new_empty((2, rows, channels), dtype=torch.float32)
     tile = {"PIXELS": _PIXELS, "CHANNELS": _CHANNELS}
     in_group = channels // norm.num_groups
-    with _on(picture):
-        _moments[(chunks, across, rows)](picture, moments[0], moments[1], pixels, channels, TILES=in_chunk, **tile)
+    with _on(made):
+        for picture, start in zip(pictures, starts, strict=True):
+            grid = (chunks, triton.cdiv(picture.shape[1], _CHANNELS), rows)
+            _moments[grid](
+                picture, moments[0], moments[1], pixels, picture.shape[1], start, channels, TILES=in_chunk, **tile
+            )
         _factors[(norm.num_groups, rows)](
             moments[0],
             moments[1],
@@ -155,9 +162,20 @@ def group_norm(
             IN_GROUP=triton.next_power_of_2(in_group),
             CHUNKS=max(1, 2048 // triton.next_power_of_2(in_group)),
         )
-        _scaled[(tiles, across, rows)](
-            picture, factors[0], factors[1], made, pixels, channels, IS_GATED=is_gated, **tile
-        )
+        for picture, start in zip(pictures, starts, strict=True):
+            grid = (tiles, triton.cdiv(picture.shape[1], _CHANNELS), rows)
+            _scaled[grid](
+                picture,
+                factors[0],
+                factors[1],
+                made,
+                pixels,
+                picture.shape[1],
+                start,
+                channels,
+                IS_GATED=is_gated,
+                **tile,
+            )
     return made
 
 
@@ -298,7 +316,16 @@ def _look_at(
 
 @triton.jit
 def _moments(
-    picture, means, spreads, pixels, channels, TILES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+    picture,
+    means,
+    spreads,
+    pixels,
+    channels,
+    start,
+    all_channels,
+    TILES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64)
@@ -319,7 +346,7 @@ def _moments(
         part = count.to(tl.float32) / tl.maximum(tile * PIXELS + count, 1)
         spread += tl.sum(centred * centred, axis=0) + far * far * part * (tile * PIXELS)
         mean += far * part
-    made = (row * tl.num_programs(0) + chunk) * channels + channel
+    made = (row * tl.num_programs(0) + chunk) * all_channels + start + channel
     tl.store(means + made, mean, mask=channel < channels)
     tl.store(spreads + made, spread, mask=channel < channels)
 
@@ -388,6 +415,8 @@ def _scaled(
     made,
     pixels,
     channels,
+    start,
+    all_channels,
     IS_GATED: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -398,12 +427,13 @@ def _scaled(
     is_channel = channel < channels
     is_there = (pixel < pixels)[:, None] & is_channel[None, :]
     place = (row * pixels + pixel)[:, None] * channels + channel[None, :]
-    factor = tl.load(factors + row * channels + channel, mask=is_channel, other=0.0)
-    summand = tl.load(summands + row * channels + channel, mask=is_channel, other=0.0)
+    to = (row * pixels + pixel)[:, None] * all_channels + start + channel[None, :]
+    factor = tl.load(factors + row * all_channels + start + channel, mask=is_channel, other=0.0)
+    summand = tl.load(summands + row * all_channels + start + channel, mask=is_channel, other=0.0)
     values = tl.load(picture + place, mask=is_there, other=0.0).to(tl.float32) * factor[None, :] + summand[None, :]
     if IS_GATED:
         values = values * tl.sigmoid(values)
-    tl.store(made + place, values.to(made.dtype.element_ty), mask=is_there)
+    tl.store(made + to, values.to(made.dtype.element_ty), mask=is_there)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -38,7 +38,8 @@ def _look_at(query: Tensor, text: Tensor, heads: int) -> Tensor:
     return functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
 
 
-def _group_norm(picture: Tensor, added: Tensor | None, norm: GroupNorm, is_gated: bool) -> Tensor:
+def _group_norm(pictures: Sequence[Tensor], added: Tensor | None, norm: GroupNorm, is_gated: bool) -> Tensor:
+    picture = torch.cat(tuple(pictures), dim=1) if len(pictures) > 1 else pictures[0]
     if added is not None:
         picture = picture + added[:, :, None, None]
     normed = functional.group_norm(picture, norm.num_groups, norm.weight, norm.bias, norm.eps)
@@ -73,8 +74,9 @@ class Operations:
     geglu: Callable[[Tensor, Tensor, Tensor], Tensor] = _geglu
     #: Attention of queries (rows, tokens, channels) to keys and values beside each other; and the number of heads.
     look_at: Callable[[Tensor, Tensor, int], Tensor] = _look_at
-    #: Of a picture, what is added to all pixels of a channel before, and whether it goes through SiLU then.
-    group_norm: Callable[[Tensor, Tensor | None, GroupNorm, bool], Tensor] = _group_norm
+    #: Of pictures whose channels lie beside each other, what is added to all pixels of a channel before, and whether it
+    #: goes through SiLU then.
+    group_norm: Callable[[Sequence[Tensor], Tensor | None, GroupNorm, bool], Tensor] = _group_norm
     #: Of two pictures, of which the first may be changed, and a bias.
     add_up: Callable[[Tensor, Tensor, Tensor], Tensor] = _add_up
     #: Of (scores * scale), over the last dimension, in a precision.
@@ -125,8 +127,9 @@ def fast_operations(device: str, dtype: torch.dtype) -> Operations:
     if runs("look_at", kernels.look_at, *looks):
         found["look_at"] = _by_words(kernels.look_at, kernels.LOOK_TOKENS, kernels.LOOK_CHANNELS)
     large = numbers(1, 64, 256, 257).contiguous(memory_format=torch.channels_last)
-    pictures = (picture, None, norm, False), (picture, numbers(2, 64), norm, True), (large, numbers(1, 64), norm, True)
-    if runs("group_norm", kernels.group_norm, *pictures):
+    two = numbers(2, 48, 16, 16), numbers(2, 16, 16, 16)
+    pictures = ((picture,), None, False), ((large,), numbers(1, 64), True), (two, numbers(2, 64), True)
+    if runs("group_norm", kernels.group_norm, *[(given, added, norm, gated) for given, added, gated in pictures]):
         found["group_norm"] = kernels.group_norm
     if runs("add_up", kernels.add_up, (picture.clone(), picture, numbers(64))):
         found["add_up"] = kernels.add_up

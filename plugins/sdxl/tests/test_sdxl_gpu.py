@@ -144,9 +144,9 @@ def test_each_kernel_is_as_exact_as_bfloat16_lets_it_be(rows: int, edge: int, ch
     with torch.no_grad():
         for added in (None, time):
             for is_gated in (False, True):
-                made = kernels.group_norm(picture, added, norm, is_gated)
+                made = kernels.group_norm((picture,), added, norm, is_gated)
                 moved = picture.float() if added is None else picture.float() + time.float()[:, :, None, None]
-                assert far(made, exact.group_norm(moved, None, deepcopy(norm).float(), is_gated)) < 4e-3
+                assert far(made, exact.group_norm((moved,), None, deepcopy(norm).float(), is_gated)) < 4e-3
     expected = exact.add_up(picture.float(), picture.float() * 2, bias.float())
     assert far(kernels.add_up(picture.clone(), picture * 2, bias), expected) < 4e-3
     expected = exact.weave(picture.float(), bias[: channels // 4].float())
