@@ -1,10 +1,11 @@
 """How like the exact tier WAN's fast tier is, beside other ways to ask the model as seldom.
 
 Prints a table: how many steps asked the model, and the PSNR of the frames against those of all
-steps, the mean over some prompts and the worst. Each way gets about as many steps as the fast tier::
+steps, the mean over some prompts and the worst. Each way gets about as many steps as the fast tier. Where
+FlashAttention 3 is not at hand, what it does in fp8 is calculated in plain numbers::
 
-    python benchmarks/wan_tiers.py                                    # the demo model, on a processor
-    python benchmarks/wan_tiers.py --ckpt-dir DIR --device cuda --frames 81
+    python -m benchmarks.wan_tiers                                    # the demo model, on a processor
+    python -m benchmarks.wan_tiers --ckpt-dir DIR --device cuda --frames 81
 """
 
 from __future__ import annotations
@@ -13,24 +14,27 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import attrs
-import numpy as np
 import torch
-from attrs import define, field, frozen
-from ourvidz_wan import schedulers
+from attrs import define, field
+from ourvidz_wan import checkpoints, fp8
+from ourvidz_wan.acceleration import attending_in_fp8, use_kernel
 from ourvidz_wan.arguments import GenerateArguments, parse_arguments
+from ourvidz_wan.attention import Kernel
 from ourvidz_wan.checkpoints import WanModels, load_models
-from ourvidz_wan.config import Tier
 from ourvidz_wan.prediction import Branch, Predict, Predictor
 from ourvidz_wan.sampling import decode, make_latents
 from ourvidz_wan.tasks import TASKS
 from ourvidz_wan.tiers import steps_taken
 
+from benchmarks.tiers import EasyCache, Likeness, Made, Reuse, half_linear, print_table, shifted, spread, unchanged
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.engine.variants import find_model
 
 #: What the demo model knows; another model makes something of them, too.
@@ -43,126 +47,84 @@ PROMPTS = (
     "a large orange heart shrinks on a blue background",
 )
 TRAINING_STEPS = 1000
+#: FlashAttention 3 multiplies what is left of a softmax with this before it is rounded to eight bits.
+SOFTMAX_SCALE = 256.0
 
 
 @define
 class Reusing:
-    """Asks a predictor in some steps of a job; in the others it makes something of the last answers."""
+    """A predictor whose model is asked in some steps of a job alone."""
 
     inner: Predictor
-    steps: int
-    #: Whether the step at this place asks, given its input.
-    asks: Callable[[int, torch.Tensor], bool]
-    #: The predictions from the input, its noise level, and what is known.
-    estimate: Callable[[torch.Tensor, float, list[Known]], Sequence[torch.Tensor]]
-    #: Told of each step's input and first prediction, and whether it asked.
-    learn: Callable[[torch.Tensor, torch.Tensor, bool], None] = lambda *_: None
-    asked: int = 0
+    reuse: Reuse
     facts: Mapping[str, Any] = field(factory=dict)
 
     @contextmanager
     def job(self, branches: Sequence[Branch]) -> Iterator[Predict]:
         """See the plugin's ``Predictor``."""
-        known: list[Known] = []
-        places = iter(range(self.steps))
-        self.asked = 0
         with self.inner.job(branches) as ask:
 
             def predict(hidden_states: torch.Tensor, timestep: torch.Tensor) -> Sequence[torch.Tensor]:
-                place, level = next(places), float(timestep) / TRAINING_STEPS
-                is_asked = self.asks(place, hidden_states)
-                if is_asked:
-                    predictions = [one.clone() for one in ask(hidden_states, timestep)]
-                    known.append(Known(level=level, input=hidden_states, predictions=predictions))
-                    self.asked += 1
-                else:
-                    predictions = list(self.estimate(hidden_states, level, known))
-                self.learn(hidden_states, predictions[0], is_asked)
-                return predictions
+                level = float(timestep) / TRAINING_STEPS
+                return self.reuse.predict(hidden_states, level, lambda: ask(hidden_states, timestep))
 
             yield predict
-
-
-@frozen(kw_only=True, eq=False)
-class Known:
-    """What the model said of an input."""
-
-    level: float
-    input: torch.Tensor
-    predictions: list[torch.Tensor]
-
-
-def unchanged(_input: torch.Tensor, _level: float, known: list[Known]) -> Sequence[torch.Tensor]:
-    """The last answers once more."""
-    return known[-1].predictions
-
-
-def shifted(hidden_states: torch.Tensor, _level: float, known: list[Known]) -> Sequence[torch.Tensor]:
-    """The last answers, changed as much as the input did: EasyCache's way."""
-    return [one + (hidden_states - known[-1].input) for one in known[-1].predictions]
-
-
-def half_linear(_input: torch.Tensor, level: float, known: list[Known]) -> Sequence[torch.Tensor]:
-    """Half of the way from the last answers to where a line through the last two leads."""
-    before, last = known[-2:]
-    share = 0.5 * (level - last.level) / (last.level - before.level)
-    return [new + share * (new - old) for new, old in zip(last.predictions, before.predictions, strict=True)]
-
-
-class EasyCache:
-    """The criterion of "Less is Enough: Training-Free Video Diffusion Acceleration via Runtime-Adaptive Caching".
-
-    arXiv 2507.02860. Between two steps the output is taken to change by as much of its input's change
-    as it last did; once that adds up to ``threshold`` of the output, the model is asked.
-    """
-
-    def __init__(self, steps: int, threshold: float, beginning: int) -> None:
-        self._steps, self._threshold, self._beginning = steps, threshold, beginning
-        self._change = 0.0
-        self._rate: float | None = None
-        self._input: Any = None
-        self._output: Any = None
-        self._asked_input: Any = None
-        self._asked_output: Any = None
-
-    def asks(self, place: int, hidden_states: torch.Tensor) -> bool:
-        """The first steps, the last one, and whenever enough has changed."""
-        if place < self._beginning or place == self._steps - 1 or self._rate is None:
-            return True
-        self._change += self._rate * float((hidden_states - self._input).abs().mean() / self._output.abs().mean())
-        return self._change >= self._threshold
-
-    def learn(self, hidden_states: torch.Tensor, output: torch.Tensor, is_asked: bool) -> None:
-        """Remember a step."""
-        if is_asked:
-            if self._asked_input is not None:
-                moved = (hidden_states - self._asked_input).abs().mean()
-                self._rate = float((output - self._asked_output).abs().mean() / moved)
-            self._change, self._asked_input, self._asked_output = 0.0, hidden_states, output
-        self._input, self._output = hidden_states, output
-
-
-@frozen(kw_only=True, eq=False)
-class Made:
-    """One video."""
-
-    frames: Any
-    latents: torch.Tensor
-    asked: int
 
 
 def exact(arguments: GenerateArguments, models: WanModels) -> Made:
     """All steps."""
     latents = make_latents(arguments, models, lambda _step, _total: None).latents
-    return Made(frames=decode(models, latents).astype(np.float64), latents=latents, asked=arguments.sample_steps)
+    return Made(pixels=decode(models, latents), latents=latents, asked=arguments.sample_steps)
 
 
 def fast(arguments: GenerateArguments, models: WanModels, places: Sequence[int] | None = None) -> Made:
     """The fast tier, or the same with other places."""
     chosen = list(places or steps_taken(Tier.FAST, arguments.sample_steps))
-    with mock.patch.object(schedulers, "steps_taken", return_value=chosen):
+    with mock.patch.object(checkpoints, "steps_taken", return_value=chosen):
         made = exact(attrs.evolve(arguments, tier=Tier.FAST), models)
     return attrs.evolve(made, asked=len(chosen))
+
+
+def fast_in_fp8(arguments: GenerateArguments, models: WanModels, *, as_given: bool = False) -> Made:
+    """The fast tier with fp8 attention, or with inputs ``as_given`` rounded to it: neither turned nor around a mean."""
+    with ExitStack() as stack:
+        if as_given:
+            stack.enter_context(
+                mock.patch.object(fp8, "round_inputs", lambda *inputs: [fp8._rounded(x) for x in inputs])
+            )
+        if models.acceleration is not None:
+            return fast(attrs.evolve(arguments, fp8_attention=True), models)
+        prepared = _prepared(arguments.ckpt_dir)
+        stack.enter_context(mock.patch.object(fp8, "flash_3_fp8", attention_of_rounded))
+        stack.enter_context(attending_in_fp8(prepared.pipeline.transformer))
+        return fast(arguments, prepared)
+
+
+def attention_of_rounded(values: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:
+    """What FlashAttention 3 answers in fp8, which rounds its softmax as well."""
+    query, key, value = (one.float() * scale[:, None, :, None] for one, scale in zip(values, scales, strict=True))
+    scores = torch.einsum("bqhc,bkhc->bhqk", query, key) / query.shape[-1] ** 0.5
+    shares = (scores - scores.amax(-1, keepdim=True)).exp()
+    rounded = (shares * SOFTMAX_SCALE).to(fp8.EIGHT_BITS).float() / SOFTMAX_SCALE
+    attended = torch.einsum("bhqk,bkhc->bhqc", rounded, value) / shares.sum(-1, keepdim=True)
+    return attended.transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _prepared(ckpt_dir: Path) -> WanModels:
+    models = load_models(ckpt_dir, TASKS["t2v-1.3B"])
+    use_kernel(models.pipeline.transformer, Kernel.TORCH)
+    return models
+
+
+def in_bfloat16(arguments: GenerateArguments, models: WanModels, way: Callable[..., Made] = exact) -> Made:
+    """The same in bfloat16, as every GPU has it."""
+    return way(arguments, _in_bfloat16(arguments.ckpt_dir, str(models.device)))
+
+
+@lru_cache(maxsize=1)
+def _in_bfloat16(ckpt_dir: Path, device: str) -> WanModels:
+    return load_models(ckpt_dir, TASKS["t2v-1.3B"], device=device, dtype=torch.bfloat16)
 
 
 def fewer(arguments: GenerateArguments, models: WanModels) -> Made:
@@ -172,12 +134,10 @@ def fewer(arguments: GenerateArguments, models: WanModels) -> Made:
 
 def reusing(arguments: GenerateArguments, models: WanModels, **options: Any) -> Made:
     """All steps of the solver, of which some reuse what the model said before."""
-    steps = arguments.sample_steps
-    places = set(steps_taken(Tier.FAST, steps))
-    options = {"asks": lambda place, _input: place in places, **options}
-    predictor = Reusing(inner=models.predictor, steps=steps, **options)
-    made = exact(arguments, attrs.evolve(models, predictor=predictor))
-    return attrs.evolve(made, asked=predictor.asked)
+    places = set(steps_taken(Tier.FAST, arguments.sample_steps))
+    reuse = Reuse(**{"asks": lambda place, _input: place in places, **options})
+    made = exact(arguments, attrs.evolve(models, predictor=Reusing(inner=models.predictor, reuse=reuse)))
+    return attrs.evolve(made, asked=reuse.asked)
 
 
 def easy_cache(arguments: GenerateArguments, models: WanModels, threshold: float, estimate: Any = shifted) -> Made:
@@ -187,14 +147,12 @@ def easy_cache(arguments: GenerateArguments, models: WanModels, threshold: float
     return reusing(arguments, models, asks=criterion.asks, learn=criterion.learn, estimate=estimate)
 
 
-def spread(steps: int, count: int, first: int) -> list[int]:
-    """``count`` of ``steps`` places: the ``first`` ones, the last, and others evenly between."""
-    rest = count - first
-    return [*range(first), *(first - 1 + round((steps - first) / rest * number) for number in range(1, rest + 1))]
-
-
 WAYS: Mapping[str, Callable[[GenerateArguments, WanModels], Made]] = {
     "fast tier": fast,
+    "all steps in bfloat16": in_bfloat16,
+    "fast tier in bfloat16": lambda arguments, models: in_bfloat16(arguments, models, fast),
+    "fast tier with fp8 attention": fast_in_fp8,
+    "fast tier, inputs as given in fp8": lambda arguments, models: fast_in_fp8(arguments, models, as_given=True),
     "a schedule of fewer steps": fewer,
     "EasyCache, threshold 0.05": lambda arguments, models: easy_cache(arguments, models, 0.05),
     "EasyCache, threshold 0.1": lambda arguments, models: easy_cache(arguments, models, 0.1),
@@ -224,14 +182,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, help="(default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=6.5, help="(default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="of each prompt (default: %(default)s)")
     parser.add_argument("--only", default="", help="ways whose name contains this")
     given = parser.parse_args()
     directory = find_model(given.ckpt_dir, "wan")
     models = load_models(directory, TASKS["t2v-1.3B"], device=given.device)
     ways = {name: way for name, way in WAYS.items() if given.only in name}
-    results: dict[str, list[tuple[int, float, float]]] = {name: [] for name in ways}
+    results: dict[str, list[Likeness]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as place:
-        for seed, prompt in enumerate(PROMPTS[: given.prompts]):
+        for seed, prompt in enumerate(PROMPTS[: given.prompts] * given.seeds):
             options = {
                 "task": "t2v-1.3B",
                 "ckpt_dir": directory,
@@ -246,17 +205,10 @@ def main() -> None:
             wanted = exact(arguments, models)
             for name, way in ways.items():
                 made = way(arguments, models)
-                error = float(((made.frames - wanted.frames) ** 2).mean())
-                psnr = 10 * float(np.log10(255**2 / max(error, 1e-9)))
-                distance = float((made.latents - wanted.latents).norm() / wanted.latents.norm())
-                results[name].append((made.asked, psnr, distance))
-                print(f"{prompt}: {name}: {made.asked} steps, {psnr:.1f} dB", file=sys.stderr, flush=True)
-    print(f"| of {given.steps} steps, {given.frames} frames | asked | PSNR, mean | worst | latents' error |")
-    print("|---|---|---|---|---|")
-    for name, rows in results.items():
-        asked, psnr, distance = (np.array(column) for column in zip(*rows, strict=True))
-        count = f"{asked.min()}" if asked.min() == asked.max() else f"{asked.min()} to {asked.max()}"
-        print(f"| {name} | {count} | {psnr.mean():.1f} dB | {psnr.min():.1f} dB | {distance.mean():.3f} |")
+                likeness = Likeness.of(made, wanted)
+                results[name].append(likeness)
+                print(f"{prompt}: {name}: {made.asked} steps, {likeness.psnr_db:.1f} dB", file=sys.stderr, flush=True)
+    print_table(f"of {given.steps} steps, {given.frames} frames", results)
 
 
 if __name__ == "__main__":

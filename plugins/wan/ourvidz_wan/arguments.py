@@ -14,9 +14,10 @@ from typing import NoReturn
 
 from attrs import field, frozen
 
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.errors import OurVidzError
 from ourvidz_core.wire.jobs import SEED_LIMIT
-from ourvidz_wan.config import DEFAULT_REFERENCE_STRENGTH, FRAMES_PER_LATENT, Solver, Tier, frames_of
+from ourvidz_wan.config import DEFAULT_REFERENCE_STRENGTH, FRAMES_PER_LATENT, Solver, frames_of
 from ourvidz_wan.tasks import TASKS, Task
 
 #: One frame is written as a picture, more as a video.

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,12 +29,13 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
 from ourvidz_core.engine.models import AlwaysResident
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.engine.variants import FILE_NAME, read_variant
 from ourvidz_core.engine.weight_files import read_module
 from ourvidz_core.errors import ModelUnavailable
 from ourvidz_core.plugins.residency import Residence
 from ourvidz_wan.acceleration import Acceleration, prepare_transformer
-from ourvidz_wan.config import Solver, Tier, WanVariant
+from ourvidz_wan.config import Solver, WanVariant
 from ourvidz_wan.decoding import Decoder
 from ourvidz_wan.layout import (
     NATIVE_TEXT_ENCODER,
@@ -46,6 +48,7 @@ from ourvidz_wan.layout import (
 from ourvidz_wan.prediction import LocalPredictor, Predictor
 from ourvidz_wan.schedulers import SCHEDULERS
 from ourvidz_wan.tasks import Pipeline, Task
+from ourvidz_wan.tiers import steps_taken
 
 #: Every WAN 2.1 transformer has heads of this size; its weights do not say it.
 HEAD_DIM = 128
@@ -192,7 +195,8 @@ def make_scheduler(solver: Solver, shift: float, tier: Tier = Tier.EXACT) -> Any
     """A new scheduler of WAN's flow; it keeps state, so that each video needs its own."""
     kind: Any = SCHEDULERS[solver]
     scheduler = kind(**{**_shipped("scheduler"), "flow_shift": shift})
-    scheduler.tier = tier
+    if tier is not Tier.EXACT:
+        scheduler.places = partial(steps_taken, tier)
     return scheduler
 
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from attrs import converters, field, frozen, validators
 from typed_settings.cls_attrs import option
 
+from ourvidz_core.engine.tiers import Tier
+
 #: Frames a latent stands for; a video has one frame more than a multiple of it.
 FRAMES_PER_LATENT = 4
 #: Sides are whole numbers of patches: 8 pixels a latent, 2 latents a patch.
@@ -29,15 +31,6 @@ class Solver(StrEnum):
 
     UNIPC = "unipc"
     DPM = "dpm++"
-
-
-class Tier(StrEnum):
-    """How much of a job's work is done; see :mod:`ourvidz_wan.tiers`."""
-
-    #: Every step, as plain diffusers would.
-    EXACT = "exact"
-    #: Not all steps: sooner, and nearly the same.
-    FAST = "fast"
 
 
 class RunAs(StrEnum):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.engine.variants import find_model, read_variant
 from ourvidz_core.errors import GenerationError, ModelUnavailable
 from ourvidz_core.plugins.context import JobContext
@@ -21,7 +22,7 @@ from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job, ReferenceMode
 from ourvidz_wan.arguments import IMAGE_SUFFIX, GenerateArguments, UsageError, parse_arguments
-from ourvidz_wan.config import RunAs, Tier, WanConfig, WanSettings, WanVariant, as_size, scaled_size
+from ourvidz_wan.config import RunAs, WanConfig, WanSettings, WanVariant, as_size, scaled_size
 from ourvidz_wan.jobs import TASK, uses_strength
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from typing import Any
 import attrs
 from attrs import frozen
 
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.errors import Fault, PayloadError
 from ourvidz_core.plugins.defaults import expected_seconds_of
 from ourvidz_core.wire.job_types import ContentType, JobType
 from ourvidz_core.wire.jobs import Job, ReferenceMode, References, seed_of
 from ourvidz_core.wire.payloads import Payload, converter, shown, without_token
-from ourvidz_wan.config import Solver, Tier, WanConfig, frames_of, is_set
+from ourvidz_wan.config import Solver, WanConfig, frames_of, is_set
 from ourvidz_wan.tasks import TASKS
 
 #: The task of every job of the deployed system; references need no other weights.

@@ -7,8 +7,9 @@ from typing import Any
 from attrs import field, frozen
 from attrs.validators import ge, gt, in_, le, optional
 
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.wire.keys import ConfigKeys, MetadataKeys
-from ourvidz_wan.config import Solver, Tier
+from ourvidz_wan.config import Solver
 from ourvidz_wan.tasks import TASKS
 
 _STRENGTH = optional([ge(0.1), le(1.0)])

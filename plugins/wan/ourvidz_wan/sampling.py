@@ -18,6 +18,7 @@ from attrs import field, frozen
 from PIL import Image, ImageOps
 
 from ourvidz_core.engine.pacing import StepPacer
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.errors import GenerationError, ReferenceInvalid
 from ourvidz_core.plugins.residency import Work
 from ourvidz_wan.acceleration import attending_in_fp8
@@ -32,7 +33,7 @@ from ourvidz_wan.conditioning import (
     pinned,
     resembling,
 )
-from ourvidz_wan.config import FRAMES_PER_LATENT, PATCH_PIXELS, Tier, as_size, frames_of, scaled_size
+from ourvidz_wan.config import FRAMES_PER_LATENT, PATCH_PIXELS, as_size, frames_of, scaled_size
 from ourvidz_wan.decoding import Arriving, Frames, latent_statistics
 from ourvidz_wan.denoising import denoise
 from ourvidz_wan.prediction import LAUNCH_BOUND_TOKENS, LocalPredictor

@@ -9,10 +9,11 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ourvidz_wan.config import Solver, Tier, dimensions_of, frames_of
+from ourvidz_wan.config import Solver, dimensions_of, frames_of
 from ourvidz_wan.job_types import JOB_TYPES
 from ourvidz_wan.jobs import parse_wan_job
 
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.errors import PayloadError
 from ourvidz_core.wire.job_types import ContentType, Quality
 from ourvidz_core.wire.payloads import structure_payload

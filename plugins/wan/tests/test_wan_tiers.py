@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from ourvidz_wan.arguments import UsageError
 from ourvidz_wan.checkpoints import make_scheduler
 from ourvidz_wan.conditioning import ConditionedScheduler
-from ourvidz_wan.config import Solver, Tier
+from ourvidz_wan.config import Solver
 from ourvidz_wan.sampling import sample
 from ourvidz_wan.tiers import LEAST_STEPS, steps_taken
+
+from ourvidz_core.engine.tiers import Tier
 
 
 def quietly(step: int, total: int) -> None:

@@ -6,11 +6,12 @@ import logging
 import re
 
 from ourvidz_wan import plugin
-from ourvidz_wan.config import Tier, WanSettings
+from ourvidz_wan.config import WanSettings
 from ourvidz_wan.execution import shapes_to_warm
 from ourvidz_wan.job_types import JOB_TYPES
 
 from ourvidz_core.engine.models import ModelCache
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.testing.doubles import RecordingContext
 
 
