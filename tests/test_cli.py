@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from ourvidz_core.cli.main import EXIT_INTERRUPTED
 from ourvidz_core.testing.distributions import make_distribution
 from tests import toy
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+OURVIDZ = (sys.executable, "-m", "ourvidz_core")
 
 
 @pytest.fixture
@@ -24,22 +31,25 @@ def site(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ourvidz(tmp_path: Path, site: Path) -> Run:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("OURVIDZ_", "SUPABASE_"))}
+def environment(tmp_path: Path, site: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OURVIDZ_", "SUPABASE_"))}
+    return {
+        **kept,
+        "PYTHONPATH": str(site),
+        "OURVIDZ_ALLOW_PLUGINS": "ourvidz-toy",
+        "OURVIDZ_STATE_DIR": str(tmp_path / "state"),
+        "OURVIDZ_WORK_DIR": str(tmp_path / "work"),
+        "OURVIDZ_CALLBACK_MIN_AGE_SECONDS": "0",
+        "OURVIDZ_RETRY_DELAY_SECONDS": "0.01",
+    }
 
+
+@pytest.fixture
+def ourvidz(tmp_path: Path, environment: dict[str, str]) -> Run:
     def run(*arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "ourvidz_core", *arguments],
-            env={
-                **environ,
-                "PYTHONPATH": str(site),
-                "OURVIDZ_ALLOW_PLUGINS": "ourvidz-toy",
-                "OURVIDZ_STATE_DIR": str(tmp_path / "state"),
-                "OURVIDZ_WORK_DIR": str(tmp_path / "work"),
-                "OURVIDZ_CALLBACK_MIN_AGE_SECONDS": "0",
-                "OURVIDZ_RETRY_DELAY_SECONDS": "0.01",
-                **more,
-            },
+            [*OURVIDZ, *arguments],
+            env={**environment, **more},
             input=stdin,
             capture_output=True,
             text=True,
@@ -49,6 +59,14 @@ def ourvidz(tmp_path: Path, site: Path) -> Run:
         )
 
     return run
+
+
+@pytest.fixture
+def temporary(environment: dict[str, str]) -> Iterator[Path]:
+    """The directory for temporary files, with a name so short that a socket may have one below it."""
+    with tempfile.TemporaryDirectory() as directory:
+        environment["TMPDIR"] = directory
+        yield Path(directory)
 
 
 @pytest.fixture
@@ -235,12 +253,38 @@ def test_a_plugin_command_that_does_not_import_does_not_break_the_others(ourvidz
     assert "Traceback" not in broken.stderr
 
 
-def test_the_demo_ends_with_a_table_and_a_contact_sheet(ourvidz: Run, tmp_path: Path) -> None:
+def test_the_demo_ends_with_a_table_a_contact_sheet_and_a_page(ourvidz: Run, tmp_path: Path, temporary: Path) -> None:
     from PIL import Image
 
-    done = ourvidz("demo", "--out", "out")
+    done = ourvidz("demo", "--out", "out", "--workers", "2")
     assert done.returncode == 0, done.stderr
     assert "toy_image" in done.stdout
     with Image.open(tmp_path / "out/contact-sheet.png") as sheet:
-        assert sheet.width == 960
         assert len(set(sheet.convert("RGB").tobytes())) > 50
+    linked = re.findall(r'(?:src|href)="([^"]+)"', (tmp_path / "out/index.html").read_text("utf-8"))
+    assert {Path(path).parts[:2] for path in linked} == {
+        ("assets", "toy_brief"),
+        ("assets", "toy_image"),
+        *(("callbacks", record.name) for record in (tmp_path / "out/callbacks").iterdir()),
+    }
+    assert all((tmp_path / "out" / path).is_file() for path in linked)
+    assert list(temporary.iterdir()) == []
+
+
+def test_an_interrupted_demo_leaves_no_process_and_no_job_for_the_next(
+    environment: dict[str, str], message: Callable[..., str], tmp_path: Path, temporary: Path
+) -> None:
+    (tmp_path / "messages").mkdir()
+    Path(message(config={"what": "hang"})).rename(tmp_path / "messages/hang.json")
+    log = tmp_path / "out/worker.log"
+    command = [*OURVIDZ, "demo", "--messages", "messages", "--out", "out"]
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, process_group=0) as demo:
+        while not log.exists() or "is ready" not in log.read_text("utf-8"):
+            assert demo.poll() is None
+            time.sleep(0.02)
+        started = psutil.Process(demo.pid).children(recursive=True)
+        os.killpg(demo.pid, signal.SIGINT)
+        assert demo.wait(20) == EXIT_INTERRUPTED
+    assert len(started) == 2  # a worker and its engine
+    assert psutil.wait_procs(started, timeout=0)[1] == []
+    assert list(temporary.iterdir()) == []
