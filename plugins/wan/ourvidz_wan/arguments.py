@@ -17,7 +17,7 @@ from attrs import field, frozen
 from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.errors import OurVidzError
 from ourvidz_core.wire.jobs import SEED_LIMIT
-from ourvidz_wan.config import DEFAULT_REFERENCE_STRENGTH, FRAMES_PER_LATENT, Solver, frames_of
+from ourvidz_wan.config import DEFAULT_REFERENCE_STRENGTH, FRAMES_PER_LATENT, EncoderChoice, Solver, frames_of
 from ourvidz_wan.tasks import TASKS, Task
 
 #: One frame is written as a picture, more as a video.
@@ -62,6 +62,7 @@ class GenerateArguments:
     tier: Tier = Tier.EXACT
     #: In the fast tier alone.
     fp8_attention: bool = False
+    video_encoder: EncoderChoice = EncoderChoice.X264
     #: What the file says beside the facts, such as what its prompt was made of.
     metadata: Mapping[str, str] = field(factory=dict)
 
@@ -110,6 +111,7 @@ def parse_arguments(argv: Sequence[str]) -> GenerateArguments:
         device=given.device,
         tier=Tier(given.tier),
         fp8_attention=given.fp8_attention,
+        video_encoder=EncoderChoice(given.video_encoder),
         metadata=given.metadata,
     )
 
@@ -165,6 +167,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=_truth,
         default=False,
         help="fast tier: attend in fp8 where the GPU can, less exactly (default: False)",
+    )
+    add(
+        "--video_encoder",
+        default=EncoderChoice.X264.value,
+        choices=[choice.value for choice in EncoderChoice],
+        help="auto: the card's NVENC where it works and does as well (default: %(default)s)",
     )
     add("--metadata", type=_texts, default={}, help="JSON object of texts that the file says of itself, too")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")

@@ -33,6 +33,15 @@ class Solver(StrEnum):
     DPM = "dpm++"
 
 
+class EncoderChoice(StrEnum):
+    """What encodes a video."""
+
+    #: x264, on the processor.
+    X264 = "libx264"
+    #: The card, where it can and does as well; see :mod:`ourvidz_wan.nvenc`.
+    AUTO = "auto"
+
+
 class RunAs(StrEnum):
     """Where a job's command line is executed."""
 
@@ -121,6 +130,10 @@ class WanSettings:
     fp8_attention: bool = option(
         default=False,
         help="In the fast tier, videos attend in fp8 where the GPU can: sooner again, and less like the exact tier",
+    )
+    video_encoder: EncoderChoice = option(
+        default=EncoderChoice.X264,
+        help="libx264: on the processor; auto: by the card's NVENC where it works and does as well, else libx264",
     )
     use_job_negative_prompt: bool = option(
         default=False, help="Give a job's own negative prompt to the model in place of the model's default"

@@ -11,7 +11,7 @@ from ourvidz_core.engine.variants import find_model
 from ourvidz_core.plugins.hookspecs import ReadSettings
 from ourvidz_core.wire.findings import Check, Finding
 from ourvidz_core.wire.job_types import ContentType, JobType
-from ourvidz_wan.config import WanSettings
+from ourvidz_wan.config import EncoderChoice, WanSettings
 from ourvidz_wan.job_types import JOB_TYPES
 from ourvidz_wan.layout import (
     NATIVE_TEXT_ENCODER,
@@ -25,6 +25,7 @@ from ourvidz_wan.parallel.plan import GPUS_VARIABLE, plan_ranks
 MODEL_FAMILY = "wan"
 CKPT_VARIABLE = "OURVIDZ_WAN_CKPT_DIR"
 VACE_VARIABLE = "OURVIDZ_WAN_VACE_CKPT_DIR"
+ENCODER_VARIABLE = "OURVIDZ_WAN_VIDEO_ENCODER"
 #: The attention heads of the t2v-1.3B model, which all jobs run on.
 T2V_HEADS = 12
 _GET_AGAIN = "copy the checkpoint again, whole, and compare its files with the source's"
@@ -48,6 +49,11 @@ def wan_checks(settings: ReadSettings) -> Iterable[Check]:
             name="GPUs of ourvidz-wan",
             run=lambda: gpu_findings(settings(WanSettings), measure_gpus),
             timeout_seconds=70.0,
+        ),
+        Check(
+            name="video encoder of ourvidz-wan",
+            run=lambda: encoder_findings(settings(WanSettings)),
+            timeout_seconds=30.0,
         ),
     )
 
@@ -88,6 +94,18 @@ def gpu_findings(settings: WanSettings, measure: Callable[[], GpuReport]) -> Ite
         yield Finding.yellow(f"a video runs on {plan.describe()}", cure=f"set {GPUS_VARIABLE} to {plan.ranks}")
     else:
         yield Finding.green(f"a video runs on {plan.describe()}")
+
+
+def encoder_findings(settings: WanSettings) -> Iterator[Finding]:
+    """What encodes videos where the card shall, if it can; nothing where x264 does in any case."""
+    if settings.video_encoder is EncoderChoice.X264:
+        return
+    from ourvidz_wan.nvenc import encoded_by, nvenc_fault
+
+    if nvenc_fault() is None:
+        yield Finding.green(encoded_by())
+    else:
+        yield Finding.yellow(encoded_by(), cure=f"set {ENCODER_VARIABLE} to {EncoderChoice.X264.value}")
 
 
 def _look_at(ckpt_dir: Path, variable: str, job_types: Iterable[str], *, is_ours: bool) -> Iterator[Finding]:

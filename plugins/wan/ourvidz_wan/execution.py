@@ -22,7 +22,7 @@ from ourvidz_core.wire.commands import Command
 from ourvidz_core.wire.job_types import JobType
 from ourvidz_core.wire.jobs import Job, ReferenceMode
 from ourvidz_wan.arguments import IMAGE_SUFFIX, GenerateArguments, UsageError, parse_arguments
-from ourvidz_wan.config import RunAs, WanConfig, WanSettings, WanVariant, as_size, scaled_size
+from ourvidz_wan.config import EncoderChoice, RunAs, WanConfig, WanSettings, WanVariant, as_size, scaled_size
 from ourvidz_wan.jobs import TASK, uses_strength
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ FACTS_IN_WORDS = frozenset(
         "attention",
         "tier",
         "vae_dtype",
+        "video_encoder",
         "prompt",
     }
 )
@@ -103,6 +104,8 @@ def build_wan_command(job: Job, context: JobContext, *, metadata: Mapping[str, s
             options["tier"] = tier.value
             if settings.fp8_attention:
                 options["fp8_attention"] = True
+        if settings.video_encoder is not EncoderChoice.X264 and not is_image:
+            options["video_encoder"] = settings.video_encoder.value
         if settings.gpus > 1:
             options["gpus"] = settings.gpus
         if settings.use_job_negative_prompt and job.negative_prompt is not None:
@@ -163,6 +166,7 @@ def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
             "gpus": settings.gpus,
             "tier": tier.value,
             "fp8_attention": tier is Tier.FAST,
+            "video_encoder": settings.video_encoder.value,
             "prompt": "",
             "save_file": context.output_path("png" if frame_num == 1 else "mp4"),
         }

@@ -67,19 +67,23 @@ def run(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress
 
 def generate(arguments: GenerateArguments, models: WanModels, on_progress: OnProgress) -> Unwritten:
     """:func:`run` up to where the device is free. A video is encoded meanwhile, frames as they are decoded."""
+    from ourvidz_wan.nvenc import choose_encoder
     from ourvidz_wan.sampling import decoded, make_latents
     from ourvidz_wan.video import VideoWriter, even
 
+    # Before the device is at work: what may be tried first takes part of a second.
+    encoder = choose_encoder(arguments.video_encoder) if arguments.frame_num > 1 else None
     made = make_latents(arguments, models, on_progress)
-    facts = {**arguments.metadata, **made.facts, "prompt": arguments.prompt, "seed": arguments.base_seed}
+    reported = {**made.facts} if encoder is None else {**made.facts, "video_encoder": encoder.name}
+    facts = {**arguments.metadata, **reported, "prompt": arguments.prompt, "seed": arguments.base_seed}
     width, height = made.size
     # Under another name first: a file under the asked-for name is a whole one.
     unfinished = arguments.save_file.with_name(f".{arguments.save_file.name}.part")
-    if arguments.frame_num == 1:
+    if encoder is None:
         (frames,) = decoded(models, made.latents)
-        result = GenerateResult(path=arguments.save_file, width=width, height=height, frames=None, facts=made.facts)
+        result = GenerateResult(path=arguments.save_file, width=width, height=height, frames=None, facts=reported)
         return Unwritten(result=result, write=lambda: _write_image(frames[0], unfinished, result, facts))
-    writer = VideoWriter(unfinished, facts, fps=made.fps)
+    writer = VideoWriter(unfinished, facts, fps=made.fps, encoder=encoder)
     try:
         for frames in decoded(models, made.latents):
             writer.add(frames)
@@ -93,7 +97,7 @@ def generate(arguments: GenerateArguments, models: WanModels, on_progress: OnPro
         width=even(width),
         height=even(height),
         frames=arguments.frame_num,
-        facts=made.facts,
+        facts=reported,
     )
     return Unwritten(result=result, write=lambda: _take_place(unfinished, result, writer.wait))
 

@@ -213,6 +213,7 @@ def test_a_video_is_generated_by_the_warm_model(context_of, warm):
         "guidance_scale": 6.5,
         "shift": 5.0,
         "tier": "exact",
+        "video_encoder": "libx264",
         "reference_applied": False,
         "negative_prompt_source": "model",
     }

@@ -100,6 +100,13 @@ def test_the_same_frames_make_the_same_bytes_on_any_number_of_cores(video, tmp_p
     assert hashlib.sha256(again.read_bytes()).digest() == hashlib.sha256(video.read_bytes()).digest()
 
 
+def test_several_frames_are_encoded_at_once(tmp_path):
+    path = tmp_path / "large.mp4"
+    write_video(moving(2, 832, 480), path, {}, fps=16)
+    # x264 says in the file how it ran.
+    assert b" threads=8 lookahead_threads=1 sliced_threads=0 " in path.read_bytes()
+
+
 def test_other_frames_make_other_bytes(video, tmp_path):
     other = tmp_path / "other.mp4"
     write_video(moving()[::-1], other, FACTS, fps=16)
