@@ -201,6 +201,7 @@ def test_a_pin_that_reaches_its_neighbours_jumps_less_than_a_plain_one(led):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_led_videos_neither_jump_nor_stand_still(wan, tmp_path):
     cases = list(reference_frames.make_cases(3, wan, tmp_path))
     free = [reference_frames.generate(wan, case, 15) for case in cases]
