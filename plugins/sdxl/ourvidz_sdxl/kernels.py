@@ -15,14 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-#: Programs of the layer norm for each multiprocessor: with fewer one waits for its rows, one after the other.
-LAYER_NORM_PROGRAMS = 16
-LAYER_NORM_WARPS = 4
-#: Rows, columns, depth of a tile; how many are loaded ahead; warps; tiles of rows that share their columns.
-GEGLU_TILE = (128, 128, 64)
-GEGLU_STAGES, GEGLU_WARPS, GEGLU_GROUP = 3, 8, 4
+#: Rows of a program of the layer norm, and its warps: each has a row, and waits for no other.
+_ROWS, _ROW_WARPS = 4, 4
 #: Queries of a tile, tiles of a program, warps: of the attention to a text.
-LOOK_TILE, LOOK_TILES, LOOK_WARPS = 128, 4, 8
+LOOK_TILE, LOOK_TILES, LOOK_WARPS = 64, 8, 4
 #: Tokens of a text that are looked at at once, and channels of a head, one of these.
 LOOK_TOKENS, LOOK_CHANNELS = 256, (16, 32, 64, 128)
 #: Pixels and channels that a program of the group norm holds at once.
@@ -43,49 +39,25 @@ def layer_norm(
     columns = hidden.shape[-1]
     rows = hidden.numel() // columns
     made = torch.empty_like(hidden)
-    programs = min(rows, LAYER_NORM_PROGRAMS * _multiprocessors(hidden.device))
-    block = triton.next_power_of_2(columns)
     with _on(hidden):
-        _layer_norm[(programs,)](
-            hidden, missing, weight, bias, made, rows, columns, eps, BLOCK=block, num_warps=LAYER_NORM_WARPS
+        _layer_norm[(triton.cdiv(rows, _ROWS),)](
+            hidden,
+            missing,
+            weight,
+            bias,
+            made,
+            rows,
+            columns,
+            eps,
+            ROWS=_ROWS,
+            BLOCK=triton.next_power_of_2(columns),
+            num_warps=_ROW_WARPS,
         )
     return made
 
 
 def geglu(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """A product (..., depth) with (2 * width, depth), of which one half goes through GELU and gates the other.
-
-    Needs a device that moves whole tiles by itself (Hopper's TMA), and a width of whole tiles.
-    """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    flat = given.reshape(-1, given.shape[-1])
-    rows, depth = flat.shape
-    width = weight.shape[0] // 2
-    made = torch.empty((rows, width), device=given.device, dtype=given.dtype)
-    tall, wide, deep = GEGLU_TILE
-    processors = _multiprocessors(given.device)
-    with _on(given):
-        _geglu[(min(processors, triton.cdiv(rows, tall) * triton.cdiv(width, wide)),)](
-            TensorDescriptor.from_tensor(flat, [tall, deep]),
-            TensorDescriptor.from_tensor(weight, [wide, deep]),
-            bias,
-            TensorDescriptor.from_tensor(made, [tall, wide]),
-            rows,
-            width,
-            depth,
-            TALL=tall,
-            WIDE=wide,
-            DEEP=deep,
-            GROUP=GEGLU_GROUP,
-            num_stages=GEGLU_STAGES,
-            num_warps=GEGLU_WARPS,
-        )
-    return made.view(*given.shape[:-1], width)
-
-
-def geglu_of_product(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same as :func:`geglu`, with cuBLAS' product, on any device and for any width."""
+    """cuBLAS' product (..., depth) with (2 * width, depth), of which one half goes through GELU and gates the other."""
     product = torch.nn.functional.linear(given, weight, bias)
     width = product.shape[-1] // 2
     made = product.new_empty((*product.shape[:-1], width))
@@ -99,6 +71,8 @@ def look_at(query: torch.Tensor, text: torch.Tensor, heads: int) -> torch.Tensor
     query, text = query.contiguous(), text.contiguous()
     rows, tokens, channels = query.shape
     made = torch.empty_like(query)
+    # 77 words are 64 and 16, and not 128.
+    most = max(16, _power_of_2_below(text.shape[1] - 1))
     with _on(query):
         _look_at[(triton.cdiv(tokens, LOOK_TILE * LOOK_TILES), heads, rows)](
             query,
@@ -110,7 +84,8 @@ def look_at(query: torch.Tensor, text: torch.Tensor, heads: int) -> torch.Tensor
             (channels // heads) ** -0.5 * _LOG2_E,
             TILE=LOOK_TILE,
             TILES=LOOK_TILES,
-            SEEN=max(16, triton.next_power_of_2(text.shape[1])),
+            MOST=most,
+            REST=max(16, triton.next_power_of_2(max(1, text.shape[1] - most))),
             HEAD=channels // heads,
             num_warps=LOOK_WARPS,
         )
@@ -219,56 +194,21 @@ def softmax(scores: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Ten
 
 
 @triton.jit
-def _layer_norm(hidden, missing, weight, bias, made, rows, columns, eps, BLOCK: tl.constexpr):
+def _layer_norm(hidden, missing, weight, bias, made, rows, columns, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    is_there = column < columns
-    added = tl.load(missing + column, mask=is_there, other=0.0).to(tl.float32)
-    factor = tl.load(weight + column, mask=is_there, other=0.0).to(tl.float32)
-    summand = tl.load(bias + column, mask=is_there, other=0.0).to(tl.float32)
-    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-        start = row * tl.cast(columns, tl.int64)
-        values = tl.load(hidden + start + column, mask=is_there, other=0.0).to(tl.float32) + added
-        mean = tl.sum(values, axis=0) / columns
-        centred = tl.where(is_there, values - mean, 0.0)
-        spread = tl.rsqrt(tl.sum(centred * centred, axis=0) / columns + eps)
-        normed = centred * spread * factor + summand
-        tl.store(made + start + column, normed.to(made.dtype.element_ty), mask=is_there)
-
-
-@triton.jit
-def _geglu(
-    given,
-    weight,
-    bias,
-    made,
-    rows,
-    width,
-    depth,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
-    DEEP: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    tiles_down = tl.cdiv(rows, TALL)
-    tiles_across = tl.cdiv(width, WIDE)
-    for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, tl.num_programs(0)):
-        # Tiles that follow each other read the same rows and columns, which are near then.
-        in_group = GROUP * tiles_across
-        first = (tile // in_group) * GROUP
-        size = min(tiles_down - first, GROUP)
-        top = (first + (tile % in_group) % size) * TALL
-        left = ((tile % in_group) // size) * WIDE
-        value = tl.zeros((TALL, WIDE), dtype=tl.float32)
-        gate = tl.zeros((TALL, WIDE), dtype=tl.float32)
-        for step in range(tl.cdiv(depth, DEEP)):
-            rows_of_it = given.load([top, step * DEEP])
-            value = tl.dot(rows_of_it, weight.load([left, step * DEEP]).T, value)
-            gate = tl.dot(rows_of_it, weight.load([width + left, step * DEEP]).T, gate)
-        column = left + tl.arange(0, WIDE)
-        value += tl.load(bias + column).to(tl.float32)[None, :]
-        gate += tl.load(bias + width + column).to(tl.float32)[None, :]
-        gated = value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
-        made.store([top, left], gated.to(made.dtype))
+    is_column = column < columns
+    is_there = (row < rows)[:, None] & is_column[None, :]
+    place = row[:, None] * columns + column[None, :]
+    values = tl.load(hidden + place, mask=is_there, other=0.0).to(tl.float32)
+    values += tl.load(missing + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    mean = tl.sum(values, axis=1) / columns
+    centred = tl.where(is_column[None, :], values - mean[:, None], 0.0)
+    spread = tl.rsqrt(tl.sum(centred * centred, axis=1) / columns + eps)
+    factor = tl.load(weight + column, mask=is_column, other=0.0).to(tl.float32)
+    summand = tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)
+    normed = centred * spread[:, None] * factor[None, :] + summand[None, :]
+    tl.store(made + place, normed.to(made.dtype.element_ty), mask=is_there)
 
 
 @triton.jit
@@ -293,25 +233,38 @@ def _look_at(
     factor,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
-    SEEN: tl.constexpr,
+    MOST: tl.constexpr,
+    REST: tl.constexpr,
     HEAD: tl.constexpr,
 ):
     row = tl.program_id(2).to(tl.int64)
     column = tl.program_id(1) * HEAD + tl.arange(0, HEAD)
-    word = tl.arange(0, SEEN)
-    is_word = word < seen
-    place = (row * seen + word)[:, None] * (2 * channels) + column[None, :]
-    keys = tl.load(text + place, mask=is_word[:, None], other=0.0)
-    values = tl.load(text + place + channels, mask=is_word[:, None], other=0.0)
+    word = tl.arange(0, MOST)
+    last = MOST + tl.arange(0, REST)
+    keys, values = _words(text, row, seen, channels, word, column)
+    last_keys, last_values = _words(text, row, seen, channels, last, column)
     for tile in range(TILES):
         token = (tl.program_id(0) * TILES + tile) * TILE + tl.arange(0, TILE)
         is_there = (token < tokens)[:, None]
-        spot = (row * tokens + token)[:, None] * channels + column[None, :]
-        asked = tl.load(query + spot, mask=is_there, other=0.0)
-        scores = tl.where(is_word[None, :], tl.dot(asked, keys.T) * factor, float("-inf"))
-        powers = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
-        found = tl.dot(powers.to(values.dtype), values) / tl.sum(powers, axis=1)[:, None]
-        tl.store(made + spot, found.to(made.dtype.element_ty), mask=is_there)
+        place = (row * tokens + token)[:, None] * channels + column[None, :]
+        asked = tl.load(query + place, mask=is_there, other=0.0)
+        scores = tl.where((word < seen)[None, :], tl.dot(asked, keys.T), float("-inf"))
+        last_scores = tl.where((last < seen)[None, :], tl.dot(asked, last_keys.T), float("-inf"))
+        most = tl.maximum(tl.max(scores, axis=1), tl.max(last_scores, axis=1)) * factor
+        powers = tl.exp2(scores * factor - most[:, None])
+        last_powers = tl.exp2(last_scores * factor - most[:, None])
+        found = tl.dot(powers.to(values.dtype), values)
+        found = tl.dot(last_powers.to(values.dtype), last_values, found)
+        found = found / (tl.sum(powers, axis=1) + tl.sum(last_powers, axis=1))[:, None]
+        tl.store(made + place, found.to(made.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _words(text, row, seen, channels, word, column):
+    place = (row * seen + word)[:, None] * (2 * channels) + column[None, :]
+    is_there = (word < seen)[:, None]
+    keys = tl.load(text + place, mask=is_there, other=0.0)
+    return keys, tl.load(text + place + channels, mask=is_there, other=0.0)
 
 
 @triton.jit
@@ -472,11 +425,6 @@ def _softmax(scores, made, columns, factor, BLOCK: tl.constexpr):
     powers = tl.exp2(values - tl.max(values, axis=0))
     shares = powers / tl.sum(powers, axis=0)
     tl.store(made + start + column, shares.to(made.dtype.element_ty), mask=is_there)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return count
 
 
 def _power_of_2_below(number: int) -> int:

@@ -15,8 +15,8 @@ from ourvidz_core.engine.device_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-#: GPUs from this generation on move whole tiles by themselves.
-_MOVES_TILES = (9, 0)
+#: The generation of GPUs that one kernel is written for.
+_HOPPER = 9
 #: Columns of a tile of the product with GELU; others are left to the one that takes any width.
 _TILE_COLUMNS = 128
 #: Further than this from torch's, relative to its length, a kernel is wrong and not rounded in another way.
@@ -97,10 +97,11 @@ def fast_operations(device: str, dtype: torch.dtype) -> Operations:
         return torch.randn(size, generator=random, device=device, dtype=dtype)
 
     def runs(name: str, kernel: Callable[..., Tensor], *cases: tuple[object, ...]) -> bool:
+        operation = getattr(torchs, name.partition(" ")[0])
         for case in cases:
             try:
                 with torch.no_grad():
-                    expected = getattr(torchs, name)(*case).float()
+                    expected = operation(*case).float()
                     far = float((kernel(*case).float() - expected).norm() / expected.norm())
             except Exception as error:  # whatever a compiler, a driver or a card has against it
                 if is_out_of_memory(error):
@@ -113,16 +114,20 @@ def fast_operations(device: str, dtype: torch.dtype) -> Operations:
         return True
 
     picture = numbers(2, 64, 16, 16).contiguous(memory_format=torch.channels_last)
-    product = numbers(256, 64), numbers(512, 64) * 0.2, numbers(512)
+    products = [
+        (numbers(rows, depth), numbers(512, depth) * depth**-0.5, numbers(512))
+        for rows, depth in ((256, 64), (300, 640))
+    ]
     norms = [(numbers(32, columns), *numbers(3, columns).unbind(), 1e-5) for columns in (640, 1280)]
     norm = GroupNorm(32, 64, device=device, dtype=dtype)
     found: dict[str, Callable[..., Tensor]] = {}
     if runs("layer_norm", kernels.layer_norm, *norms):
         found["layer_norm"] = kernels.layer_norm
-    if runs("geglu", kernels.geglu_of_product, product):
-        found["geglu"] = kernels.geglu_of_product
-        if torch.cuda.get_device_capability(device) >= _MOVES_TILES and runs("geglu", kernels.geglu, product):
-            found["geglu"] = _by_width(kernels.geglu, kernels.geglu_of_product)
+    if runs("geglu", kernels.geglu, *products):
+        found["geglu"] = kernels.geglu
+        is_hopper = dtype is torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == _HOPPER
+        if is_hopper and runs("geglu of tiles", _geglu_of_tiles, *products):
+            found["geglu"] = _by_width(_geglu_of_tiles, kernels.geglu)
     looks = [(numbers(2, 200, 256), numbers(2, words, 512), 4) for words in (77, 154)]
     if runs("look_at", kernels.look_at, *looks):
         found["look_at"] = _by_words(kernels.look_at, kernels.LOOK_TOKENS, kernels.LOOK_CHANNELS)
@@ -138,6 +143,12 @@ def fast_operations(device: str, dtype: torch.dtype) -> Operations:
     if runs("weave", kernels.weave, (picture, numbers(16))):
         found["weave"] = kernels.weave
     return evolve(torchs, **found)
+
+
+def _geglu_of_tiles(given: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from ourvidz_sdxl import gated_product  # here, for other versions of Triton may not have what it is made of
+
+    return gated_product.geglu(given, weight, bias)
 
 
 def _by_width(of_tiles: Callable[..., Tensor], of_any: Callable[..., Tensor]) -> Callable[..., Tensor]:

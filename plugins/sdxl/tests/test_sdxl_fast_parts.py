@@ -170,7 +170,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_left_out_and_named(
     torchs = Operations()
     kernels = SimpleNamespace(
         layer_norm=failing,
-        geglu_of_product=lambda *given: torchs.geglu(*given) * 1.1,
+        geglu=lambda *given: torchs.geglu(*given) * 1.1,
         look_at=failing,
         group_norm=lambda *given: torchs.group_norm(*given) * 1.001,
         add_up=failing,

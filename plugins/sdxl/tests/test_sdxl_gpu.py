@@ -135,9 +135,13 @@ def test_each_kernel_is_as_exact_as_bfloat16_lets_it_be(rows: int, edge: int, ch
     assert far(kernels.layer_norm(hidden, missing, weight, bias, 1e-5), expected) < 4e-3
     wide, wide_bias = noise(8 * channels, channels) * 0.03, noise(8 * channels) * 0.1
     expected = exact.geglu(hidden.float(), wide.float(), wide_bias.float())
-    assert far(kernels.geglu_of_product(hidden, wide, wide_bias), expected) < 8e-3
-    if torch.cuda.get_device_capability() >= (9, 0):
-        assert far(kernels.geglu(hidden, wide, wide_bias), expected) < 4e-3
+    assert far(kernels.geglu(hidden, wide, wide_bias), expected) < 8e-3
+    if torch.cuda.get_device_capability()[0] == 9:
+        from ourvidz_sdxl import gated_product
+
+        assert far(gated_product.geglu(hidden, wide, wide_bias), expected) < 4e-3
+        some = slice(None, 300)  # no whole tiles
+        assert far(gated_product.geglu(hidden[some], wide, wide_bias), expected[some]) < 4e-3
     picture = noise(rows, channels, edge, edge + 1).contiguous(memory_format=torch.channels_last) + 2
     norm = torch.nn.GroupNorm(32, channels, device="cuda", dtype=torch.bfloat16)
     time = noise(rows, channels)
