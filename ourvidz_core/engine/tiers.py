@@ -39,26 +39,22 @@ class FastSteps:
     share: float
     #: It leaves nothing out of a job of no more steps than this.
     least: int
-    #: Part of the steps that it takes one after the other at the beginning.
+    #: Part of the steps that it takes one after the other at the beginning; the first one in any case.
     beginning: float = 0.0
-    #: Whether it takes the last step by itself, or its own last one goes as far as the others do.
-    keeps_last: bool = False
 
     def places(self, steps: int, skipped: int = 0) -> list[int]:
-        """The places in a schedule of ``steps`` steps that are taken, in their order.
+        """The places in a schedule of ``steps`` steps that are taken.
 
-        The first ``skipped`` places are not part of the job and stay.
+        Behind those of the beginning they are even, to the last one. The first ``skipped`` places are not part
+        of the job and stay.
         """
         of_job = steps - skipped
         count = max(math.ceil(of_job * self.share), self.least)
         if count >= of_job:
             return list(range(steps))
-        first = math.ceil(of_job * self.beginning)
-        rest, left = count - first, of_job - first
-        if self.keeps_last:
-            others = [first - 1 + round(left / rest * number) for number in range(1, rest + 1)]
-        else:
-            others = [first + left * number // rest for number in range(rest)]
+        first = max(1, math.ceil(of_job * self.beginning))
+        rest, stride = count - first, (of_job - first) / (count - first)
+        others = [first - 1 + round(stride * number) for number in range(1, rest + 1)]
         return [*range(skipped + first), *(skipped + place for place in others)]
 
 
@@ -70,8 +66,6 @@ class TieredScheduler(Scheduler):  # type: ignore[misc]
 
     #: The places that are taken of a schedule of so many steps; None is all of them.
     places: Callable[[int], Sequence[int]] | None = None
-    #: The scheduler whose noise levels it takes; None is its own.
-    schedule: Any = None
     sigmas: torch.Tensor
     timesteps: torch.Tensor
 
@@ -81,11 +75,8 @@ class TieredScheduler(Scheduler):  # type: ignore[misc]
 
         super().set_timesteps(num_inference_steps, device=device, **options)
         if self.places is not None:
-            places, whole = self.places(num_inference_steps), self
-            if self.schedule is not None:
-                whole = self.schedule
-                whole.set_timesteps(num_inference_steps, device=device, **options)
-            self.sigmas = whole.sigmas[[*places, num_inference_steps]]
+            places = self.places(num_inference_steps)
+            self.sigmas = self.sigmas[[*places, num_inference_steps]]
             # Place by place: a list of places would be sent to the device.
-            self.timesteps = torch.stack([whole.timesteps[place] for place in places])
+            self.timesteps = torch.stack([self.timesteps[place] for place in places])
             self.num_inference_steps = len(places)

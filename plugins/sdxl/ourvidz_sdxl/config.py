@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from attrs import evolve, frozen
 
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.errors import Fault, PayloadError
 from ourvidz_core.plugins.defaults import expected_seconds_of
 from ourvidz_core.wire.job_types import JobType
@@ -83,6 +84,8 @@ class SdxlConfig:
     guidance_scale: float
     #: None leaves the scheduler that the checkpoint was made with.
     sample_solver: Solver | None = None
+    #: None is the setting's.
+    tier: Tier | None = None
     num_images: int = 1
     reference_type: ReferenceType = ReferenceType.STYLE
     #: Higher is closer to the reference.
@@ -140,6 +143,7 @@ def _config(reading: _Reading, preset: SdxlConfig) -> SdxlConfig:
         "num_inference_steps": reading.first("config.num_inference_steps", check=_step_count),
         "guidance_scale": reading.first("config.guidance_scale", check=_guidance),
         "sample_solver": reading.first("config.sample_solver", check=_solver),
+        "tier": reading.first("config.tier", check=_tier),
         "num_images": reading.first("config.num_images", "metadata.num_images", check=_image_count),
         "reference_type": reading.first("config.reference_type", "metadata.reference_type", check=_reference_type),
         "reference_strength": reading.first(
@@ -179,6 +183,7 @@ def _ignored(asked: Mapping[str, Any], config: SdxlConfig) -> dict[str, Any]:
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "sample_solver": config.sample_solver,
+        "tier": config.tier,
         "num_images": config.num_images,
         "reference_type": config.reference_type,
         "reference_strength": config.reference_strength,
@@ -310,6 +315,10 @@ def _guidance(value: Any) -> float:
 
 def _solver(value: Any) -> Solver:
     return _member(Solver, value)
+
+
+def _tier(value: Any) -> Tier:
+    return _member(Tier, value)
 
 
 def _image_count(value: Any) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ourvidz_core.engine.compilation import compiled_so_far
 from ourvidz_core.engine.pictures import write_png
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.engine.variants import find_model
 from ourvidz_core.errors import ModelUnavailable, ReferenceUnavailable
 from ourvidz_core.plugins.context import JobContext
@@ -42,6 +43,8 @@ FACTS_IN_FILE = (
     "width",
     "height",
     "steps",
+    "tier",
+    "steps_computed",
     "guidance_scale",
     "scheduler",
     "reference_method",
@@ -70,6 +73,7 @@ def generate_images(job: Job, context: JobContext) -> Generation:
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         solver=config.sample_solver,
+        tier=config.tier or settings.tier,
         reference=_reference(job, width, height),
     )
 
@@ -226,6 +230,7 @@ def _facts(
         "size_scale": model.variant.size_scale,
         "steps": drawn.steps,
         "num_inference_steps": config.num_inference_steps,
+        "tier": request.tier.value,
         "guidance_scale": config.guidance_scale,
         "scheduler": drawn.scheduler,
         "compiled": drawn.is_compiled,
@@ -237,6 +242,8 @@ def _facts(
         "negative_terms_dropped": list(negative.dropped) if is_guided else [],
         "reference_applied": request.reference is not None,
     }
+    if request.tier is not Tier.EXACT:
+        facts["steps_computed"] = drawn.steps_computed
     if request.reference is not None:
         facts |= {
             "reference_method": str(drawn.reference_method),

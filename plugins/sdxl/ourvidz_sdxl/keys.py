@@ -7,6 +7,7 @@ from typing import Any
 from attrs import field, frozen
 from attrs.validators import ge, in_, le, optional
 
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.wire.keys import ConfigKeys, MetadataKeys
 from ourvidz_sdxl.config import (
     IMAGE_COUNTS,
@@ -50,6 +51,9 @@ class SdxlConfigKeys(ConfigKeys):
     )
     sample_solver: Solver | None = field(
         default=None, metadata={"description": "Sampling method; the checkpoint's own unless said"}
+    )
+    tier: Tier | None = field(
+        default=None, metadata={"description": "exact, or fast with fewer steps; without one OURVIDZ_SDXL_TIER counts"}
     )
     num_images: int | None = field(
         default=None, validator=optional(in_(IMAGE_COUNTS)), metadata={"description": _COUNT_TEXT}

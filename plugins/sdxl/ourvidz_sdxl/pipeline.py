@@ -23,6 +23,7 @@ from ourvidz_core.engine.compilation import may_compile
 from ourvidz_core.engine.device_memory import is_out_of_memory, release_memory
 from ourvidz_core.engine.models import AlwaysResident
 from ourvidz_core.engine.pacing import StepPacer
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.engine.weight_files import read_module, read_weights
 from ourvidz_core.errors import ModelUnavailable, OutOfMemory
 from ourvidz_core.plugins.residency import Residence, Work
@@ -64,6 +65,7 @@ class ImageRequest:
     num_inference_steps: int
     guidance_scale: float
     solver: Solver | None = None
+    tier: Tier = Tier.EXACT
     reference: ReferencePicture | None = None
 
 
@@ -73,8 +75,9 @@ class DrawnImages:
 
     pictures: tuple[Picture, ...]
     scheduler: str
-    #: Sampling steps that really ran for each image.
+    #: Sampling steps of each image, and in how many of them the UNet was asked.
     steps: int
+    steps_computed: int
     batch_sizes: tuple[int, ...]
     prompt_chunks: int
     #: Whether the UNet ran compiled.
@@ -88,7 +91,9 @@ class Sampling:
     """One way through the UNet: a diffusers pipeline and what it is called with."""
 
     pipeline: Any
+    #: Steps of the schedule, and those of them that are taken.
     steps: int
+    computed: int
     #: The pipeline's arguments for a batch, given the generators of its images.
     arguments: Callable[[Sequence[torch.Generator]], dict[str, Any]]
     method: str | None = None
@@ -152,8 +157,9 @@ class SdxlPipeline:
                 way.close()
         return DrawnImages(
             pictures=tuple(pictures),
-            scheduler=type(scheduler).__name__,
+            scheduler=type(way.pipeline.scheduler).__name__,
             steps=way.steps,
+            steps_computed=way.computed,
             batch_sizes=tuple(batch_sizes),
             prompt_chunks=conditioning.chunks,
             is_compiled=self._unet.ran_compiled,
@@ -225,8 +231,8 @@ class SdxlPipeline:
         while len(pictures) < len(request.seeds):
             seeds = request.seeds[len(pictures) : len(pictures) + size]
             remaining_batches = -(-(len(request.seeds) - len(pictures)) // size)
-            steps_done = len(batch_sizes) * way.steps
-            steps_total = steps_done + remaining_batches * way.steps
+            steps_done = len(batch_sizes) * way.computed
+            steps_total = steps_done + remaining_batches * way.computed
             report = partial(_report, on_step, steps_done, steps_total)
             latents = self._sampled(request, conditioning, way, seeds, report)
             if latents is None:
@@ -275,7 +281,7 @@ class SdxlPipeline:
         def after_step(pipeline: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             pacer.step()
             # A scheduler of second order calls the UNet twice for one step.
-            on_step(min(way.steps, index * way.steps // max(1, pipeline.num_timesteps) + 1), tensors["latents"])
+            on_step(min(way.computed, index * way.computed // max(1, pipeline.num_timesteps) + 1), tensors["latents"])
             return {}
 
         def sample() -> torch.Tensor:

@@ -29,10 +29,12 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from ourvidz_core.engine.device_memory import is_out_of_memory
+from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.errors import ModelUnavailable
 from ourvidz_sdxl.config import ReferenceType
 from ourvidz_sdxl.edges import edge_map
 from ourvidz_sdxl.pipeline import ImageRequest, ReferencePicture, Sampling, SdxlPipeline
+from ourvidz_sdxl.schedulers import in_fewer_steps, steps_taken
 from ourvidz_sdxl.settings import SdxlSettings
 
 #: The position of canny among the conditions that a union ControlNet was trained with.
@@ -79,15 +81,22 @@ class Samplings:
 
     def __call__(self, model: SdxlPipeline, request: ImageRequest, scheduler: Any) -> Sampling:
         if request.reference is None:
-            return _from_text(model, request, scheduler)
+            return _from_text(model, request, _tiered(scheduler, request))
         method = choose_method(request.reference.type, self.settings)
         if method is ReferenceMethod.IMG2IMG:
             return _from_image(model, request, request.reference, scheduler)
+        scheduler = _tiered(scheduler, request)
         if method is ReferenceMethod.CONTROLNET_CANNY:
             return _with_controlnet(model, request, request.reference, scheduler, self.settings)
         return _with_ip_adapter(
             model, request, request.reference, scheduler, _ip_adapter(method, request.reference, self.settings)
         )
+
+
+def _tiered(scheduler: Any, request: ImageRequest, *, skipped: int = 0) -> Any:
+    if request.tier is Tier.EXACT:
+        return scheduler
+    return in_fewer_steps(scheduler, request.num_inference_steps, skipped=skipped)
 
 
 def _from_text(model: SdxlPipeline, request: ImageRequest, scheduler: Any) -> Sampling:
@@ -101,15 +110,22 @@ def _from_text(model: SdxlPipeline, request: ImageRequest, scheduler: Any) -> Sa
             "latents": model.noise(request.width, request.height, generators),
         }
 
-    return Sampling(pipeline=model.base, steps=request.num_inference_steps, arguments=arguments)
+    return Sampling(
+        pipeline=model.base,
+        steps=request.num_inference_steps,
+        computed=steps_taken(scheduler, request.num_inference_steps),
+        arguments=arguments,
+    )
 
 
 def _from_image(model: SdxlPipeline, request: ImageRequest, picture: ReferencePicture, scheduler: Any) -> Sampling:
+    total = request.num_inference_steps
+    steps = steps_for_strength(total, picture.strength)
+    skipped = total - steps
+    scheduler = _tiered(scheduler, request, skipped=skipped)
     components = {**model.base.components, "scheduler": scheduler}
     pipeline = StableDiffusionXLImg2ImgPipeline(**components, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
-    total = request.num_inference_steps
-    steps = steps_for_strength(total, picture.strength)
     # diffusers takes the whole part of total * strength; half a step more makes it exact.
     strength = min(1.0, (steps + 0.5) / total)
     encoded = model.encode_image(picture.image)
@@ -122,7 +138,13 @@ def _from_image(model: SdxlPipeline, request: ImageRequest, picture: ReferencePi
         latents = scheduler.add_noise(encoded.expand_as(noise), noise, timesteps[:1].repeat(count))
         return {"image": picture.image, "strength": strength, "num_inference_steps": total, "latents": latents}
 
-    return Sampling(pipeline=pipeline, steps=steps, arguments=arguments, method=ReferenceMethod.IMG2IMG)
+    return Sampling(
+        pipeline=pipeline,
+        steps=steps,
+        computed=steps_taken(scheduler, total) - skipped,
+        arguments=arguments,
+        method=ReferenceMethod.IMG2IMG,
+    )
 
 
 def _with_controlnet(
@@ -144,6 +166,7 @@ def _with_controlnet(
     return Sampling(
         pipeline=pipeline,
         steps=plain.steps,
+        computed=plain.computed,
         arguments=arguments,
         method=ReferenceMethod.CONTROLNET_CANNY,
         changes_unet=True,
@@ -218,6 +241,7 @@ def _with_ip_adapter(
     return Sampling(
         pipeline=base,
         steps=plain.steps,
+        computed=plain.computed,
         arguments=arguments,
         method=adapter.method,
         changes_unet=True,

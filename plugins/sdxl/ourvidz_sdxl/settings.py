@@ -9,6 +9,8 @@ from typing import ClassVar
 from attrs import frozen, validators
 from typed_settings.cls_attrs import option
 
+from ourvidz_core.engine.tiers import Tier
+
 
 class UnknownVariant(StrEnum):
     """What becomes of a job whose ``model_variant`` is not in ``models``."""
@@ -43,6 +45,10 @@ class SdxlSettings:
         default=1,
         validator=validators.ge(1),
         help="How many of the GPUs that a worker sees share the images of one job; see the guide on several GPUs",
+    )
+    tier: Tier = option(
+        default=Tier.EXACT,
+        help="exact: every step; fast: half of them, sooner and nearly the same; a job's own config.tier counts",
     )
     ip_adapter_style: Path | None = option(
         default=None, help="IP-Adapter weights for style references (.safetensors); without them img2img is used"

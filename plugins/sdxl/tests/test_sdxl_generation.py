@@ -57,6 +57,7 @@ def test_callback_is_told_what_ran(new_context: NewContext) -> None:
         "size_scale": 0.125,
         "steps": 15,
         "num_inference_steps": 15,
+        "tier": "exact",
         "guidance_scale": 6.0,
         "scheduler": "EulerDiscreteScheduler",
         "compiled": False,

@@ -7,7 +7,7 @@ from ourvidz_core.engine.tiers import FastSteps, Tier
 #: It leaves nothing out of a job of no more steps than this.
 LEAST_STEPS = 8
 #: The first ones one after the other, for there it is decided what will be seen; the others evenly to the last.
-FAST = FastSteps(share=0.44, least=LEAST_STEPS, beginning=0.16, keeps_last=True)
+FAST = FastSteps(share=0.44, least=LEAST_STEPS, beginning=0.16)
 
 
 def steps_taken(tier: Tier, steps: int) -> list[int]:
