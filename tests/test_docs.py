@@ -204,7 +204,7 @@ def test_every_setting_in_a_page_exists() -> None:
     known |= {"OURVIDZ_STORAGE_URL", "OURVIDZ_STORAGE_OPTIONS"}
     known |= {"OURVIDZ_ACME_POLICY_WORDS", "OURVIDZ_ACME_POLICY_BLACK_SHARE"}
     for page in PAGES:
-        for variable in re.findall(r"OURVIDZ_[A-Z_]+[A-Z]", (ROOT / page).read_text("utf-8")):
+        for variable in re.findall(r"OURVIDZ_[A-Z0-9_]+[A-Z0-9]", (ROOT / page).read_text("utf-8")):
             assert variable in known, f"{page}: {variable}"
 
 
