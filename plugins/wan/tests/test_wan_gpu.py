@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
-from ourvidz_wan import checkpoints, decoding, prediction
-from ourvidz_wan.attention import Kernel, attend, best_kernel
+from ourvidz_wan import checkpoints, decoding, prediction, sampling
+from ourvidz_wan.attention import Kernel, attend, best_kernel, may_attend_in_fp8
 from ourvidz_wan.checkpoints import load_models, make_scheduler
 from ourvidz_wan.config import Solver
 from ourvidz_wan.flash_3 import FLASH_3_HEAD_DIM, FLASH_3_MODULES
@@ -179,6 +179,23 @@ def test_flash_attention_3_takes_heads_of_128_alone():
         query, key, value = torch.randn((3, 1, 77, 2, head_dim), device=device, dtype=HALF)
         wanted = attend(query.float(), key.float(), value.float(), Kernel.TORCH)
         assert relative(attend(query, key, value, kernel), wanted) < 2e-2
+
+
+@pytest.mark.parametrize("case", ["text", "i2v", "vace and a start"])
+def test_fast_videos_attend_in_fp8_where_they_are_asked_to(case, wide, asking_case, monkeypatch):
+    # Small videos are replayed as one graph, and attend as they come.
+    monkeypatch.setattr(prediction, "LAUNCH_BOUND_TOKENS", 0)
+    monkeypatch.setattr(sampling, "LAUNCH_BOUND_TOKENS", 0)
+    if not may_attend_in_fp8(torch.device(DEVICE), best_kernel(torch.device(DEVICE), HALF, FLASH_3_HEAD_DIM)):
+        pytest.skip("this card or FlashAttention 3's build has no fp8")
+    fast = asking_case(case, tier="fast")
+    models = wide(fast.task.name)
+    plain, made = (sample(asked, models, quietly) for asked in (fast, attrs.evolve(fast, fp8_attention=True)))
+    print(f"{case}: {relative(made.latents, plain.latents):.4f} from the fast tier; {made.facts}")
+    assert 0 < relative(made.latents, plain.latents) < 0.1
+    assert (plain.facts["attention"], made.facts["attention"]) == ("fa3", "fa3_fp8")
+    assert made.facts["compiled"] is True
+    assert torch.equal(sample(fast, models, quietly).latents, plain.latents)
 
 
 def test_a_job_of_another_size_between_changes_nothing(on_gpu, asking, pictures):
