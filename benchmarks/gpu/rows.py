@@ -125,6 +125,11 @@ ROWS = (
         target=4.0,
         floor=6 * SDXL_IMAGE,
     ),
+    Row(
+        name="sdxl6_fast",
+        group="sdxl",
+        what="SDXL 1024, 25 steps, 6 images, fast tier",
+    ),
     Row(name="sdxl_exact", group="sdxl_exact", what="its latents, relative error", unit="", target=2e-2),
     Row(
         name="qwen150",

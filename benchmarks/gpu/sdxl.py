@@ -7,11 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.gpu.clock import allocated, relative_error, timed
 from benchmarks.gpu.models import Models
 from benchmarks.gpu.rows import Measured, Scale
+from ourvidz_core.engine.tiers import Tier
 
 GUIDANCE, SEED = 7.5, 7
 NEGATIVE = "blurry, low quality"
@@ -29,6 +32,8 @@ class Sdxl:
 
     def measure(self, row: str) -> Measured:
         """The row of this name."""
+        if row == "sdxl6_fast":
+            return self._fast(self._scale.images)
         return self._images(1 if row == "sdxl1" else self._scale.images)
 
     def _images(self, count: int) -> Measured:
@@ -46,6 +51,29 @@ class Sdxl:
         return Measured(
             ours=ours.seconds, alternative=plain.seconds, peak=ours.peak, alternative_peak=plain.peak, facts=ours.value
         )
+
+    def _fast(self, count: int) -> Measured:
+        """Beside its time, how near its pictures come to those of all steps."""
+        scale = self._scale
+        self._run_ours(count, Tier.FAST)
+        elsewhere = self._plain_bytes if "_plain" in self.__dict__ else 0
+        ours = timed(lambda: self._run_ours(count, Tier.FAST), scale.device, repeats=scale.repeats, elsewhere=elsewhere)
+        made = []
+        for tier in (Tier.EXACT, Tier.FAST):
+            self._run_ours(count, tier, prompt=0)
+            assert self._last is not None
+            made.append((self._last, self._pixels(count)))
+        (exact, exact_pixels), (fast, fast_pixels) = made
+        error = np.mean((fast_pixels - exact_pixels) ** 2)
+        psnr = float(10 * np.log10(255**2 / max(float(error), 1e-10)))
+        facts = {"psnr_db": psnr, "latent_error": relative_error(fast, exact), **ours.value}
+        return Measured(ours=ours.seconds, peak=ours.peak, facts=facts)
+
+    def _pixels(self, count: int) -> Any:
+        return np.stack([np.asarray(Image.open(self._ours_path(index)), np.float32) for index in range(count)])
+
+    def _ours_path(self, index: int) -> Path:
+        return self._out / f"ours-{index}.png"
 
     @cached_property
     def _ours(self) -> Any:
@@ -76,21 +104,24 @@ class Sdxl:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _run_ours(self, count: int) -> dict[str, Any]:
+    def _run_ours(self, count: int, tier: Tier = Tier.EXACT, prompt: int | None = None) -> dict[str, Any]:
         from ourvidz_core.engine.pictures import write_png
 
-        self._prompts += 1
-        drawn = self._draw(self._ours, count, self._scale.steps, _prompt(self._prompts))
+        if prompt is None:
+            self._prompts += 1
+        number = self._prompts if prompt is None else prompt
+        drawn = self._draw(self._ours, count, self._scale.steps, _prompt(number), tier)
         with ThreadPoolExecutor(count) as pool:
-            paths = [self._out / f"ours-{index}.png" for index in range(count)]
+            paths = [self._ours_path(index) for index in range(count)]
             list(pool.map(lambda picture, path: write_png(picture.image(), path, {}), drawn.pictures, paths))
         return {
+            "steps_computed": drawn.steps_computed,
             "batches": "+".join(map(str, drawn.batch_sizes)),
             "compiled": drawn.is_compiled,
             "file_mb": paths[0].stat().st_size / 1e6,
         }
 
-    def _draw(self, pipeline: Any, count: int, steps: int, prompt: str) -> Any:
+    def _draw(self, pipeline: Any, count: int, steps: int, prompt: str, tier: Tier = Tier.EXACT) -> Any:
         from ourvidz_sdxl.pipeline import ImageRequest
         from ourvidz_sdxl.references import Samplings
         from ourvidz_sdxl.settings import SdxlSettings
@@ -104,6 +135,7 @@ class Sdxl:
             height=side,
             num_inference_steps=steps,
             guidance_scale=GUIDANCE,
+            tier=tier,
         )
 
         def keep(step: int, total: int, latents: torch.Tensor) -> None:
