@@ -101,6 +101,11 @@ ROWS = (
         target=12.0,
     ),
     Row(
+        name="wan81_fp8",
+        group="wan",
+        what="WAN 81 frames, 25 steps, fast tier, fp8 attention",
+    ),
+    Row(
         name="wan81_50",
         group="wan",
         what="WAN 81 frames, 50 steps, to MP4",

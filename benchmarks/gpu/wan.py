@@ -49,6 +49,7 @@ class Wan:
             "wan_exact": self._error,
             "wan1": self._image,
             "wan81_fast": self._fast,
+            "wan81_fp8": lambda: self._fast("--fp8_attention=true"),
             "wan81_50": self._long,
         }[row]()
 
@@ -101,15 +102,16 @@ class Wan:
             calculated = whole + denoising * (self._scale.long_steps / self._scale.steps - 1)
         return Measured(ours=ours.seconds, alternative=calculated, peak=ours.peak, facts=self._facts(ours.value))
 
-    def _fast(self) -> Measured:
+    def _fast(self, *options: str) -> Measured:
         from ourvidz_wan.video import read_video
 
         scale = self._scale
         self._warm_up(scale.frames)
         if self._exact is None:
             self._exact = self._run_ours(scale.frames, scale.steps, prompt=0).path
-        self._run_ours(scale.frames, WARM_STEPS, "--tier=fast")
-        ours = self._timed_ours(scale.frames, scale.steps, "--tier=fast", prompt=self._exact_prompt)
+        options = ("--tier=fast", *options)
+        self._run_ours(scale.frames, WARM_STEPS, *options)
+        ours = self._timed_ours(scale.frames, scale.steps, *options, prompt=self._exact_prompt)
         # Of the files, so that what the encoder changes is part of it on both sides.
         error = np.mean((read_video(ours.value.path).astype(np.float32) - read_video(self._exact)) ** 2)
         psnr = float(10 * np.log10(255**2 / max(float(error), 1e-10)))
