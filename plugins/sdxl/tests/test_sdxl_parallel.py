@@ -146,6 +146,16 @@ def test_references_act_on_all_gpus(
 
 
 @pytest.mark.slow
+def test_all_gpus_take_the_steps_of_the_fast_tier(two: DrawingRanks, new_context: NewContext) -> None:
+    a_job = job(config={"seed": 9, "num_images": 3, "num_inference_steps": 11, "tier": "fast"})
+    context = new_context(gpus=2)
+    shared = made(a_job, context)
+    assert_same_files(shared, made(a_job, new_context()))
+    assert (shared.facts["gpus"], shared.facts["steps"], shared.facts["steps_computed"]) == (2, 11, 8)
+    assert list(dict.fromkeys(context.steps)) == [("denoise", step, 8) for step in range(1, 9)]
+
+
+@pytest.mark.slow
 def test_a_model_that_no_rank_can_load_is_the_jobs_error_and_not_the_ranks(
     two: DrawingRanks, new_context: NewContext, tmp_path: Path
 ) -> None:

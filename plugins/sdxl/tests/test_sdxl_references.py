@@ -372,3 +372,25 @@ def test_weights_of_references_act_on_all_gpus_that_share_a_job(
                 assert np.abs(pixels(one) - pixels(other)).max() <= 1
     finally:
         shared.close()
+
+
+@pytest.mark.slow
+def test_the_fast_tier_takes_fewer_steps_by_every_method(
+    new_context: NewContext, reference_png: Path, ip_adapter: Path, image_encoder: Path, controlnet: Path
+) -> None:
+    settings = {
+        "ip_adapter_style": ip_adapter,
+        "ip_adapter_image_encoder": image_encoder,
+        "controlnet": controlnet,
+    }
+    for reference_type, method in (
+        ("style", "ip_adapter_instantstyle"),
+        ("composition", "controlnet_canny"),
+        ("character", "img2img"),
+    ):
+        asked = {"reference_type": reference_type, "reference_strength": 0.2, "tier": "fast"}
+        context = new_context(**settings)
+        facts = made(with_reference(reference_png, **asked), context).facts
+        assert (facts["reference_method"], facts["tier"]) == (method, "fast")
+        assert (facts["steps"], facts["steps_computed"]) == (12 if method == "img2img" else 15, 8)
+        assert context.steps == [("denoise", step, 8) for step in range(1, 9)]
