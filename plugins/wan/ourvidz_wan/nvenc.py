@@ -26,7 +26,7 @@ NVENC = Encoder(
 )
 #: How much worse than x264's its frames may be.
 TOLERATED_DB = 1.0
-_PROBED_FRAMES, _PROBED_HEIGHT, _PROBED_WIDTH = 17, 480, 272
+_PROBED_FRAMES, _PROBED_HEIGHT, _PROBED_WIDTH = 9, 480, 272
 
 
 def choose_encoder(choice: EncoderChoice) -> Encoder:

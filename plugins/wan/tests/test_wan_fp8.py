@@ -13,7 +13,7 @@ from ourvidz_wan.acceleration import Acceleration, attending_in_fp8, use_kernel
 from ourvidz_wan.attention import Kernel, attend, best_kernel, may_attend_in_fp8
 from ourvidz_wan.checkpoints import load_models
 from ourvidz_wan.fp8 import EIGHT_BITS, attend_in_fp8, hadamard, round_inputs
-from ourvidz_wan.sampling import sample
+from ourvidz_wan.sampling import make_latents
 from ourvidz_wan.tasks import TASKS
 
 CPU = torch.device("cpu")
@@ -119,14 +119,14 @@ def able(monkeypatch, flash_3_stand_in):
 
 
 def test_a_fast_video_attends_to_itself_in_fp8_and_says_so(loaded, asking, able):
-    plain = sample(asking(frame_num=5, tier="fast"), loaded, quietly)
+    plain = make_latents(asking(frame_num=5, sample_steps=2, tier="fast"), loaded, quietly)
     assert set(able) == {torch.float32}
-    made = sample(asking(frame_num=5, tier="fast", fp8_attention=True), loaded, quietly)
+    made = make_latents(asking(frame_num=5, sample_steps=2, tier="fast", fp8_attention=True), loaded, quietly)
     # To its text as before.
     assert able.count(EIGHT_BITS) == able.count(torch.float32) // 3
     assert (plain.facts["attention"], made.facts["attention"]) == ("fa3", "fa3_fp8")
     assert 0 < relative(made.latents, plain.latents) < 0.1
-    again = sample(asking(frame_num=5, tier="fast"), loaded, quietly)
+    again = make_latents(asking(frame_num=5, sample_steps=2, tier="fast"), loaded, quietly)
     assert torch.equal(again.latents, plain.latents)
 
 
@@ -147,7 +147,7 @@ def test_a_video_that_cannot_have_it_says_what_it_had(lacks, warns, loaded, aski
         local = models.predictor
         models = attrs.evolve(models, predictor=SimpleNamespace(job=local.job, facts={"gpus": 2}))
     with caplog.at_level(logging.WARNING):
-        made = sample(asking(frame_num=frames, tier="fast", fp8_attention=True), models, quietly)
+        made = make_latents(asking(frame_num=frames, sample_steps=1, tier="fast", fp8_attention=True), models, quietly)
     assert made.facts.get("attention") == (None if lacks == "acceleration" else "fa3")
     assert EIGHT_BITS not in able
     assert ("fp8 attention" in caplog.text) is warns
