@@ -27,8 +27,8 @@ from ourvidz_core.testing.servers import SupabaseServer
 
 REPOSITORY = Path(__file__).parents[3]
 EXAMPLES = sorted((REPOSITORY / "examples" / "payloads").glob("*7b*.json"))
-#: Runs again, in a worker whose engine starts WAN as a subprocess.
-AGAIN = next(path for path in EXAMPLES if path.stem.startswith("video7b_fast"))
+#: Runs again, in another process, which starts WAN as a subprocess.
+AGAIN = next(path.stem for path in EXAMPLES if path.stem.startswith("video7b_fast"))
 SERVICE_KEY = "service-key-canary"
 
 
@@ -70,50 +70,46 @@ def environ(site, wan_dir, qwen_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def drained(environ, tmp_path_factory):
-    """The four messages, and one again under another id, after a worker has emptied the queue."""
+def messages():
+    # Without a seed each id would draw its own; one for all would have the first text remembered.
+    read = {path.stem: json.loads(path.read_text("utf-8")) for path in EXAMPLES}
+    return {
+        name: {**message, "id": name, "config": {**message["config"], "seed": seed, "sample_steps": 2}}
+        for seed, (name, message) in enumerate(read.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def drained(environ, messages, tmp_path_factory):
+    """What a worker reported and stored of the messages, and its log, once it has emptied the queue."""
     server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    messages = {}
     with redis.Redis.from_url(server.address) as client, SupabaseServer(key=SERVICE_KEY) as supabase:
-        for path in EXAMPLES:
-            message = json.loads(path.read_text("utf-8"))
-            # Without a seed each id would draw its own; one for all would have the first text remembered.
-            config = {**message["config"], "seed": len(messages), "sample_steps": 2}
-            for turn in ("first", "again") if path == AGAIN else ("first",):
-                job_id = f"{path.stem}-{turn}"
-                messages[job_id] = {**message, "id": job_id, "config": config}
-        # A worker of its own for the second turn, so that nothing it remembers can help it.
-        log = ""
-        for turn, run_as in (("first", "engine"), ("again", "subprocess")):
-            for job_id, message in messages.items():
-                if job_id.endswith(turn):
-                    client.lpush("wan_queue", json.dumps(message))
-            run = subprocess.run(
-                [sys.executable, "-m", "ourvidz_core", "worker", "--drain"],
-                env={
-                    **environ,
-                    "OURVIDZ_WAN_RUN_AS": run_as,
-                    "REDIS_URL": server.address,
-                    "SUPABASE_URL": supabase.url,
-                    "SUPABASE_SERVICE_KEY": SERVICE_KEY,
-                },
-                stderr=subprocess.PIPE,
-                timeout=100,
-                check=False,
-            )
-            log += run.stderr.decode()
-            assert run.returncode == 0, log
+        for message in messages.values():
+            client.lpush("wan_queue", json.dumps(message))
+        run = subprocess.run(
+            [sys.executable, "-m", "ourvidz_core", "worker", "--drain"],
+            env={
+                **environ,
+                "REDIS_URL": server.address,
+                "SUPABASE_URL": supabase.url,
+                "SUPABASE_SERVICE_KEY": SERVICE_KEY,
+            },
+            stderr=subprocess.PIPE,
+            timeout=100,
+            check=False,
+        )
+        log = run.stderr.decode()
+        assert run.returncode == 0, log
         callbacks = [request.json() for request in supabase.callbacks]
         objects = dict(supabase.objects)
     server.close()
-    return {body["job_id"]: body for body in callbacks}, objects, messages, log
+    return {body["job_id"]: body for body in callbacks}, objects, log
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_enhanced_prompt_reaches_the_file_and_the_callback(path, drained, tiny_qwen, tmp_path):
-    callbacks, objects, messages, log = drained
-    job_id = f"{path.stem}-first"
-    message, body = messages[job_id], callbacks[job_id]
+def test_the_enhanced_prompt_reaches_the_file_and_the_callback(path, messages, drained, tiny_qwen, tmp_path):
+    callbacks, objects, log = drained
+    message, body = messages[path.stem], callbacks[path.stem]
     assert body["status"] == "completed", body
     assert body["enhancedPrompt"] == message["prompt"] + tiny_qwen.ADDITION
     facts = body["metadata"]
@@ -140,14 +136,20 @@ def test_the_enhanced_prompt_reaches_the_file_and_the_callback(path, drained, ti
     assert message["prompt"] not in log
 
 
-def test_another_worker_with_wan_as_a_subprocess_makes_the_same_text_and_the_same_file(drained):
-    callbacks, objects, _, _ = drained
-    first, again = callbacks[f"{AGAIN.stem}-first"], callbacks[f"{AGAIN.stem}-again"]
+def test_another_process_with_wan_as_a_subprocess_makes_the_same_text_and_the_same_file(
+    messages, drained, wan_dir, qwen_dir, tmp_path, monkeypatch
+):
+    callbacks, objects, _ = drained
+    first = callbacks[AGAIN]
+    monkeypatch.setenv("OURVIDZ_WAN_CKPT_DIR", str(wan_dir))
+    monkeypatch.setenv("OURVIDZ_WAN_RUN_AS", "subprocess")
+    monkeypatch.setenv("OURVIDZ_ENHANCER_MODEL", str(qwen_dir))
+    with PluginHost(tmp_path, plugin_module(plugin, distribution="ourvidz-wan-enhanced")) as host:
+        again = host.run(messages[AGAIN]).callback.to_json()
     assert first["enhancedPrompt"] == again["enhancedPrompt"]
-    assert "enhancement_cached" not in first["metadata"]
     assert [body["metadata"]["enhancement"] for body in (first, again)] == ["applied"] * 2
     assert [body["metadata"]["steps"] for body in (first, again)] == [2, 2]
-    assert objects[AGAIN.stem, first["assets"][0]].body == objects[AGAIN.stem, again["assets"][0]].body
+    assert objects[AGAIN, first["assets"][0]].body == (host.assets_dir / AGAIN / again["assets"][0]).read_bytes()
 
 
 def test_a_job_that_fails_by_policy_says_so(wan_dir, endless_dir, tmp_path, monkeypatch):
