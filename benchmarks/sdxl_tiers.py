@@ -185,7 +185,9 @@ class Painter:
 
         unet.forward = watched
         try:
-            (picture,) = self.model.draw(request, sampling=sampling, on_step=keep).pictures
+            # Recorded on a GPU it would run whole whatever is asked of it.
+            with self.model._unet.as_it_came():
+                (picture,) = self.model.draw(request, sampling=sampling, on_step=keep).pictures
         finally:
             unet.forward = forward
         cost = sum(call.cost for call in calls)
