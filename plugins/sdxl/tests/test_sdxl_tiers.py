@@ -180,7 +180,7 @@ def decibels(one: Generation, other: Generation) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
-@pytest.mark.parametrize("strength", [None, 0.2])
+@pytest.mark.parametrize("strength", [None, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_fast_draws_nearly_the_same_in_fewer_steps(
     draw: Callable[..., Drawn], reference_png: Path, strength: float | None
 ) -> None:
