@@ -55,6 +55,7 @@ def demo(messages: Path | None, out: Path, workers: int, as_json: bool) -> int:
     chosen = list(_from_files(registry, messages) if messages else _samples(registry.job_types))
     if not chosen:
         raise SettingsError("there is no message for any installed job type; ourvidz plugins list shows what is there")
+    began = time.monotonic()
     results = _work(registry, out, chosen, references=messages / "references" if messages else None, workers=workers)
     sheet, page = out / "contact-sheet.png", out / "index.html"
     draw_sheet(results, sheet)
@@ -64,7 +65,9 @@ def demo(messages: Path | None, out: Path, workers: int, as_json: bool) -> int:
         print_json({"jobs": jobs, "contact_sheet": str(sheet), "page": str(page)})
     else:
         click.echo(_table(results))
-        click.echo(f"\ncontact sheet: {sheet}\nall results, videos playing: {page}")
+        by = f"{workers} workers" if workers > 1 else "one worker"
+        click.echo(f"\n{len(results)} messages by {by} in {time.monotonic() - began:.0f} s")
+        click.echo(f"contact sheet: {sheet}\nall results, videos playing: {page}")
     return 1 if any(result.status != "completed" and "blob" not in result.name for result in results) else 0
 
 
