@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from ourvidz_core.testing.distributions import make_distribution
     from ourvidz_core.testing.doubles import FaultyStorage, RecordingContext, StubEngine
     from ourvidz_core.testing.host import PluginHost, plugin_module, plugin_of
-    from ourvidz_core.testing.ranks import outlive_lost_ranks
     from ourvidz_core.testing.servers import (
         Answer,
         Bucket,
@@ -40,7 +39,6 @@ _HOMES = {
     "StubEngine": "doubles",
     "SupabaseServer": "servers",
     "make_distribution": "distributions",
-    "outlive_lost_ranks": "ranks",
     "plugin_module": "host",
     "plugin_of": "host",
     "stand_in_plugin": "stand_in",
@@ -60,7 +58,6 @@ __all__ = [
     "StubEngine",
     "SupabaseServer",
     "make_distribution",
-    "outlive_lost_ranks",
     "plugin_module",
     "plugin_of",
     "stand_in_plugin",
