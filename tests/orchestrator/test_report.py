@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import resource
 import threading
@@ -16,21 +17,25 @@ from ourvidz_core.orchestrator.report import OrchestratorReport, ReportFile, rea
 REPORT = OrchestratorReport(pid=1, host="h", started_at=0.0, updated_at=0.0)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
     """No file of this process can grow, as on a disk without room."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_without_room_is_said_once_and_nothing_piles_up_on_it(
-    tmp_path: Path, full_disk: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     held = ReportFile(tmp_path)
-    for _ in range(3):
-        held.write(REPORT)
+    # No longer than this: the tests' own output may go to a file.
+    with full_disk():
+        for _ in range(3):
+            held.write(REPORT)
     held.close()
     assert len(list(tmp_path.iterdir())) <= 2, "the lock and one file that was begun"
     assert caplog.text.count("ourvidz status shows what was") == 1
