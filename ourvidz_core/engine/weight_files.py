@@ -7,6 +7,7 @@ its own, from which the device fetches it; another precision is made on the devi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -148,6 +149,24 @@ def read_module(
     model.register_to_config(_name_or_path=str(directory))
     module: torch.nn.Module = model.to(device).eval()
     return module
+
+
+@contextlib.contextmanager
+def tensor_by_tensor() -> Iterator[None]:
+    """Let transformers' ``from_pretrained`` allocate each tensor by itself.
+
+    It would take the place of all of them from the device as one block before it reads the first. What else
+    comes to lie in gaps of that block keeps it whole, 14 GiB of a language model for a kilobyte of another,
+    and where memory is short so large a block may not be had though there is enough.
+    """
+    from transformers import modeling_utils
+
+    own = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *arguments, **options: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = own
 
 
 def weight_files(directory: Path) -> list[Path]:

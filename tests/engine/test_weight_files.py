@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel, modeling_utils
 
 from ourvidz_core.engine import weight_files
-from ourvidz_core.engine.weight_files import read_module, read_weights
+from ourvidz_core.engine.weight_files import read_module, read_weights, tensor_by_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -120,3 +121,18 @@ def test_weights_under_other_names_are_left_to_diffusers(vae, tmp_path):
     (tmp_path / "second.fp16.safetensors").write_bytes(path.read_bytes())
     assert read_module(AutoencoderKL, tmp_path, device="cpu", dtype=torch.float32) is None
     assert json.loads((Path(tmp_path) / "config.json").read_text())["_class_name"] == "AutoencoderKL"
+
+
+def test_transformers_takes_no_block_for_all_weights_before_it_reads_them(tmp_path, monkeypatch):
+    blocks = []
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda *_: blocks.append(1))
+    small = UMT5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    UMT5EncoderModel(small).save_pretrained(tmp_path)
+    read = {"device_map": {"": "cpu"}, "local_files_only": True}
+
+    with tensor_by_tensor():
+        UMT5EncoderModel.from_pretrained(tmp_path, **read)
+    assert blocks == []
+
+    UMT5EncoderModel.from_pretrained(tmp_path, **read)
+    assert blocks == [1]

@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from ourvidz_core.engine.models import AlwaysResident
 from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.engine.variants import FILE_NAME, read_variant
-from ourvidz_core.engine.weight_files import read_module
+from ourvidz_core.engine.weight_files import read_module, tensor_by_tensor
 from ourvidz_core.errors import ModelUnavailable
 from ourvidz_core.plugins.residency import Residence
 from ourvidz_wan.acceleration import Acceleration, prepare_transformer
@@ -230,9 +230,11 @@ def _diffusers_components(ckpt_dir: Path, task: Task, dtype: torch.dtype, place:
     local: dict[str, Any] = {"local_files_only": True}
     # transformers reads by several threads, and straight to a GPU where it is told one.
     onto: dict[str, Any] = {"device_map": {"": place}} if place.type == "cuda" else {}
+    with tensor_by_tensor():
+        encoder = UMT5EncoderModel.from_pretrained(ckpt_dir / "text_encoder", dtype=dtype, **local, **onto)
     components = {
         "tokenizer": AutoTokenizer.from_pretrained(ckpt_dir / "tokenizer", **local),
-        "text_encoder": UMT5EncoderModel.from_pretrained(ckpt_dir / "text_encoder", dtype=dtype, **local, **onto),
+        "text_encoder": encoder,
         "transformer": _diffusers_transformer(ckpt_dir, task, dtype, place),
         "vae": vae_class.from_pretrained(ckpt_dir / "vae", torch_dtype=torch.float32, **local),
     }

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from ourvidz_core.engine.weight_files import tensor_by_tensor
 from ourvidz_core.errors import ModelUnavailable
 from ourvidz_wan_enhanced.decoding import Decoder, Draws, PlainDecoder, make_decoder
 from ourvidz_wan_enhanced.effort import DeadlinePassed, Effort
@@ -152,12 +153,13 @@ def load_writer(directory: Path, *, device: str = "cpu") -> LocalWriter:
         raise ModelUnavailable(f"{directory} is no directory; OURVIDZ_ENHANCER_MODEL names that of a language model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.bfloat16 if place.type == "cuda" else torch.float32,
-            device_map={"": place},
-            local_files_only=True,
-        )
+        with tensor_by_tensor():
+            model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.bfloat16 if place.type == "cuda" else torch.float32,
+                device_map={"": place},
+                local_files_only=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if "CUDA" in str(error):  # the device's fault, not the file's
             raise
