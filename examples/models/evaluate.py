@@ -21,7 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ourvidz_wan.config import WanVariant
+
 from examples.models import measure, scenes, train_qwen, train_sdxl, train_wan, training
+from ourvidz_core.engine.variants import read_variant
 
 SHIPPED = Path(__file__).parent / "demo_models" / "ourvidz_demo_models"
 _SEED = 7
@@ -101,6 +104,7 @@ def evaluate_wan(directory: Path, count: int, device: str, sheets: Path | None =
     pipeline = train_wan.load(directory)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
+    variant = read_variant(directory, WanVariant)
     width, height = train_wan.SIZES[0]
     unseen = scenes.draw_scenes(count, _SEED, video=True, held_out=True)
     with torch.no_grad():
@@ -120,7 +124,7 @@ def evaluate_wan(directory: Path, count: int, device: str, sheets: Path | None =
                 negative_prompt=[""] * len(rows),
                 generator=[torch.Generator("cpu").manual_seed(row) for row in rows],
                 num_inference_steps=steps,
-                guidance_scale=guidance,
+                guidance_scale=variant.guided(guidance),
                 width=width,
                 height=height,
                 num_frames=train_wan.FRAMES,
@@ -154,7 +158,7 @@ def evaluate_wan(directory: Path, count: int, device: str, sheets: Path | None =
         prompt=[f"a {scene.colour} {scene.shape}" for scene in unseen[:16]],
         generator=[torch.Generator("cpu").manual_seed(row) for row in range(len(unseen[:16]))],
         num_inference_steps=25,
-        guidance_scale=6.5,
+        guidance_scale=variant.guided(6.5),
         width=width,
         height=height,
         num_frames=1,

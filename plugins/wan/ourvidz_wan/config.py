@@ -75,6 +75,12 @@ class WanVariant:
     size_scale: float = field(default=1.0, validator=[validators.gt(0), validators.le(1)])
     fps: int = field(default=FPS, validator=validators.gt(0))
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    #: How many times what a guidance scale adds to a prediction without guidance this model needs for the same effect.
+    guidance_factor: float = field(default=1.0, validator=validators.gt(0))
+
+    def guided(self, asked: float) -> float:
+        """The guidance scale for one that was chosen for WAN's own weights; none stays none."""
+        return round(1 + self.guidance_factor * (asked - 1), 3) if asked > 1 else asked
 
 
 @frozen(kw_only=True)

@@ -188,6 +188,8 @@ def _make_latents(arguments: GenerateArguments, models: WanModels, on_progress: 
     is_end_ignored = arguments.frame_num == 1 and bool(arguments.first_frame and arguments.last_frame)
     if is_end_ignored:
         arguments = attrs.evolve(arguments, last_frame=None)
+    asked_guidance = arguments.sample_guide_scale
+    arguments = attrs.evolve(arguments, sample_guide_scale=models.variant.guided(asked_guidance))
     runs = {Pipeline.TEXT: _run_text, Pipeline.IMAGE: _run_image, Pipeline.VACE: _run_vace}
     in_fp8 = arguments.fp8_attention and _may_attend_in_fp8(arguments, models, (width, height))
     with attending_in_fp8(models.pipeline.transformer) if in_fp8 else nullcontext():
@@ -205,6 +207,8 @@ def _make_latents(arguments: GenerateArguments, models: WanModels, on_progress: 
         "shift": arguments.sample_shift,
         "reference_applied": method is not None,
     }
+    if arguments.sample_guide_scale != asked_guidance:
+        facts["requested_guidance_scale"] = asked_guidance
     if arguments.tier is not Tier.EXACT:
         facts["steps_computed"] = _steps_computed(arguments)
     if arguments.frame_num > 1:

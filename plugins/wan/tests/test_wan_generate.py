@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 
+import attrs
 import numpy as np
 import pytest
 import torch
 from ourvidz_wan.arguments import parse_arguments
 from ourvidz_wan.checkpoints import load_models
+from ourvidz_wan.config import WanVariant
 from ourvidz_wan.generate import main, run
+from ourvidz_wan.sampling import sample
 from ourvidz_wan.tasks import TASKS
 from ourvidz_wan.video import read_facts, read_video, write_video
 
@@ -204,6 +207,22 @@ def test_a_source_video_that_is_too_short_is_refused(made, tmp_path):
     write_video(np.zeros((6, 60, 90, 3), np.uint8), video, {}, fps=16)
     with pytest.raises(ReferenceInvalid, match="has 6 frames and 9 are needed; use --frame_num 5"):
         made("vace-1.3B", 9, src_video=video)
+
+
+def test_a_model_that_needs_more_guidance_gets_it_and_says_so(models, asking):
+    variant = attrs.evolve(models.variant, guidance_factor=2.0)
+    made = sample(
+        asking(frame_num=5, sample_guide_scale=3), attrs.evolve(models, variant=variant), lambda step, total: None
+    )
+    expected = sample(asking(frame_num=5, sample_guide_scale=5), models, lambda step, total: None)
+    assert np.array_equal(made.frames, expected.frames)
+    assert (made.facts["guidance_scale"], made.facts["requested_guidance_scale"]) == (5.0, 3.0)
+    assert "requested_guidance_scale" not in expected.facts
+
+
+@pytest.mark.parametrize("asked", [0.0, 0.5, 1.0])
+def test_who_asks_for_no_guidance_gets_none_from_any_model(asked):
+    assert WanVariant(guidance_factor=2.0).guided(asked) == asked
 
 
 @pytest.mark.parametrize(("size", "width", "height"), [("480*832", 48, 80), ("832*480", 80, 48)])
