@@ -346,7 +346,7 @@ class Arena:
                     process.kill()
                     process.wait()
                 client.close()
-                server.close()
+                arena.server.close()
 
     def start(self, *arguments: str, **environ: str) -> str:
         """Start a worker and answer its name."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 
 import pytest
 
@@ -11,8 +13,11 @@ from benchmarks import chaos
 TERMINAL = json.dumps({"job_id": "a", "callback_id": "a-1", "body": '{"status": "failed"}'})
 
 
-def test_nothing_is_lost_and_nothing_is_reported_twice_whatever_is_killed() -> None:
-    rows = list(chaos.run(["1", "2", "3", "4", "5", "6"], chaos.QUICK, at_once=3))
+def test_nothing_is_lost_and_nothing_is_reported_twice_whatever_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        rows = list(chaos.run(["1", "2", "3", "4", "5", "6"], chaos.QUICK, at_once=3))
+        assert os.listdir(directory) == [], "a Redis that still runs has its socket here"
     assert [row.name[0] for row in rows] == ["1", "2", "2", "3", "3", "4", "5", "6"]
     assert {row.name: row.misses for row in rows if row.misses} == {}
     assert sum(row.lost + row.duplicate_rows for row in rows) == 0
