@@ -118,6 +118,7 @@ _SHOWN = (
     "size",
     "frame_num",
     "steps",
+    "steps_computed",
     "tier",
     "reference_mode",
     "reference_type",
