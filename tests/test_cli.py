@@ -21,7 +21,6 @@ from ourvidz_core.testing.distributions import make_distribution
 from tests import toy
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-OURVIDZ = (sys.executable, "-m", "ourvidz_core")
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def environment(tmp_path: Path, site: Path) -> dict[str, str]:
 def ourvidz(tmp_path: Path, environment: dict[str, str]) -> Run:
     def run(*arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*OURVIDZ, *arguments],
+            [sys.executable, "-m", "ourvidz_core", *arguments],
             env={**environment, **more},
             input=stdin,
             capture_output=True,
@@ -277,7 +276,10 @@ def test_an_interrupted_demo_leaves_no_process_and_no_job_for_the_next(
     (tmp_path / "messages").mkdir()
     Path(message(config={"what": "hang"})).rename(tmp_path / "messages/hang.json")
     log = tmp_path / "out/worker.log"
-    command = [*OURVIDZ, "demo", "--messages", "messages", "--out", "out"]
+    # Where the suite runs in the background of a script, an interrupt is ignored, and children would inherit that.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = "from ourvidz_core.cli.main import entry_point; entry_point()"
+    command = [sys.executable, "-c", f"{heed}; {run}", "demo", "--messages", "messages", "--out", "out"]
     with subprocess.Popen(command, env=environment, cwd=tmp_path, process_group=0) as demo:
         while not log.exists() or "is ready" not in log.read_text("utf-8"):
             assert demo.poll() is None
