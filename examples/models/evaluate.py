@@ -4,6 +4,7 @@ Each picture is judged by ``measure.py``, which looks at pixels and has learnt n
 
     python examples/models/evaluate.py                      # all models as shipped, 64 seeds each
     python examples/models/evaluate.py --count 8 --only wan # a part, in less time
+    python examples/models/evaluate.py --only wan --motions left,right,up,down
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,21 @@ def evaluate_sdxl(directory: Path, count: int, device: str, sheets: Path | None 
     return report
 
 
-def evaluate_wan(directory: Path, count: int, device: str, sheets: Path | None = None) -> Report:
-    """PSNR of the autoencoder on whole videos; colour and motion of what is made."""
+def evaluate_wan(
+    directory: Path,
+    count: int,
+    device: str,
+    sheets: Path | None = None,
+    motions: Collection[str] = tuple(scenes.MOTIONS),
+) -> Report:
+    """PSNR of the autoencoder on whole videos; colour and motion of what prompts with ``motions`` make."""
     pipeline = train_wan.load(directory)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     variant = read_variant(directory, WanVariant)
     width, height = train_wan.SIZES[0]
-    unseen = scenes.draw_scenes(count, _SEED, video=True, held_out=True)
+    others = {motion: 0.0 for motion in scenes.MOTIONS if motion not in motions}
+    unseen = scenes.draw_scenes(count, _SEED, video=True, held_out=True, weights=others)
     with torch.no_grad():
         quality = []
         for scene in unseen[: max(4, count // 4)]:
@@ -241,8 +249,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64, help="held-out prompts, each with a seed of its own")
     parser.add_argument("--only", choices=("sdxl", "wan", "qwen"), action="append")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--motions", default=",".join(scenes.MOTIONS), help="what WAN is asked for (default: everything)"
+    )
     parser.add_argument("--sheets", type=Path, help="where to put contact sheets of what was made")
     chosen = parser.parse_args()
+    motions = chosen.motions.split(",")
+    if unknown := sorted(set(motions) - set(scenes.MOTIONS)):
+        parser.error(f"--motions has {unknown[0]!r}, which is none of {', '.join(scenes.MOTIONS)}")
     if chosen.sheets:
         chosen.sheets.mkdir(parents=True, exist_ok=True)
     report: Report = {}
@@ -251,11 +265,13 @@ def main() -> None:
         if not (chosen.models / name).is_dir():
             print(json.dumps({name: f"no model in {chosen.models}"}))
             continue
+        directory = chosen.models / name
         if name == "qwen":
-            report[name] = evaluate_qwen(chosen.models / name, chosen.count, chosen.device)
+            report[name] = evaluate_qwen(directory, chosen.count, chosen.device)
+        elif name == "sdxl":
+            report[name] = evaluate_sdxl(directory, chosen.count, chosen.device, chosen.sheets)
         else:
-            function = evaluate_sdxl if name == "sdxl" else evaluate_wan
-            report[name] = function(chosen.models / name, chosen.count, chosen.device, chosen.sheets)
+            report[name] = evaluate_wan(directory, chosen.count, chosen.device, chosen.sheets, motions)
         report[name]["seconds"] = round(time.monotonic() - begun, 1)
         print(json.dumps({name: report[name]}, indent=1), flush=True)
 
