@@ -54,13 +54,10 @@ MODELS = {
 CLOSE_SECONDS = 20.0
 
 
-def run(
-    rows: Sequence[Row], *, models: Path, is_small: bool, work: Path, on_outcome: Say, alone: float | None = None
-) -> None:
-    """Measure ``rows`` and say what became of each. ``alone``: see :class:`Scale`."""
+def run(rows: Sequence[Row], *, models: Path, is_small: bool, work: Path, on_outcome: Say) -> None:
+    """Measure ``rows`` and say what became of each."""
     options = [f"--models={models}", f"--out={work}"]
     options += ["--small"] if is_small else []
-    options += [f"--alone={alone}"] if alone is not None else []
     for group, members in groupby(rows, key=lambda row: row.group):
         pending = list(members)
         while pending:
@@ -142,7 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, help="where models are written and found again (default: nowhere)")
     parser.add_argument("--json", type=Path, help="write the figures there, anew after each row")
     parser.add_argument("--write-models", action="store_true", help="only write the models that the rows need")
-    parser.add_argument("--alone", type=Path, help="JSON of a run whose wan81 is what several GPUs are compared with")
     parser.add_argument("--join", type=Path, nargs="+", help="only make one table of these runs' JSON")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     given = parser.parse_args(argv)
@@ -178,7 +174,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             is_small=given.small,
             work=Path(work),
             on_outcome=on_outcome,
-            alone=_alone(given.alone),
         )
     print(f"\n{report.as_table(outcomes, markdown=given.markdown)}")
     if given.small:
@@ -196,13 +191,6 @@ def _joined(paths: Sequence[Path], written: Path | None, *, markdown: bool) -> i
         report.write(written, outcomes, machine)
     print(report.as_table(outcomes, markdown=markdown))
     return 1 if any(_is_bad(outcome, is_small=False) for outcome in outcomes) else 0
-
-
-def _alone(path: Path | None) -> float | None:
-    if path is None:
-        return None
-    found = [outcome.measured for outcome in report.join([path])[0] if outcome.row == "wan81"]
-    return found[0].ours if found and found[0] is not None else None
 
 
 if __name__ == "__main__":

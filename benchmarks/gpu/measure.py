@@ -38,8 +38,8 @@ def open_group(name: str, scale: Scale, models: Models, out: Path) -> Any:
         "exact": ("exact", "Exact"),
         "memory": ("memory", "Memory"),
         "service": ("service", "Service"),
-        "gpus": ("service", "SeveralGpus"),
-        "sdxl_gpus": ("service", "SharedImages"),
+        "gpus": ("service", "shared_video"),
+        "sdxl_gpus": ("service", "shared_images"),
     }[name]
     return getattr(import_module(f"benchmarks.gpu.{module}"), made)(scale, models, out)
 
@@ -71,12 +71,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--alone", type=float)
     given = parser.parse_args()
     # An exception, so that a worker that was started is ended.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))
     warnings.filterwarnings("ignore", category=FutureWarning)
-    scale = attrs.evolve(SMALL if given.small else FULL, alone_seconds=given.alone)
+    scale = SMALL if given.small else FULL
     # Whatever a library prints goes where the errors go.
     answers, sys.stdout = sys.stdout, sys.stderr
 

@@ -44,8 +44,6 @@ class Scale:
     tokens: int = 150
     jobs: int = 30
     repeats: int = 3
-    #: What one GPU takes for the video, where an earlier run measured it.
-    alone_seconds: float | None = None
 
 
 FULL = Scale(device="cuda", is_small=False)

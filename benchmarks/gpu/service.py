@@ -19,14 +19,14 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
 import redis
-from attrs import define, field
+from attrs import define, field, frozen
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.gpu.models import Models, payload
@@ -117,71 +117,86 @@ class Service:
         )
 
 
-class SeveralGpus:
-    """The same video on one GPU and on several, each by a worker of its own."""
+@frozen(kw_only=True)
+class _SharedJob:
+    """A job that several GPUs can do together, and the shorter one that warms a worker up for it."""
 
-    def __init__(self, scale: Scale, models: Models, out: Path) -> None:
+    job_type: str
+    queue: str
+    environ: Mapping[str, str]
+    #: The setting that says how many GPUs.
+    setting: str
+    config: Mapping[str, int]
+    warm_config: Mapping[str, int]
+    options: tuple[str, ...] = ()
+    repeats: int = 1
+
+
+def shared_video(scale: Scale, models: Models, out: Path) -> SeveralGpus:
+    """One video on several GPUs."""
+    job = _SharedJob(
+        job_type="video_fast",
+        queue="wan_queue",
+        environ={"OURVIDZ_WAN_CKPT_DIR": str(models.wan())},
+        setting="OURVIDZ_WAN_GPUS",
+        config={"sample_steps": scale.steps, "frame_num": scale.frames},
+        warm_config={"sample_steps": WARM_STEPS, "frame_num": scale.frames},
+    )
+    return SeveralGpus(job, scale, out)
+
+
+def shared_images(scale: Scale, models: Models, out: Path) -> SeveralGpus:
+    """The images of one job on several GPUs."""
+    job = _SharedJob(
+        job_type="sdxl_image_high",
+        queue="sdxl_queue",
+        environ={"OURVIDZ_SDXL_MODEL": str(models.sdxl()), "OURVIDZ_SDXL_UNKNOWN_VARIANT": "default"},
+        setting="OURVIDZ_SDXL_GPUS",
+        config={"num_images": scale.images, "num_inference_steps": scale.steps},
+        warm_config={"num_images": 1, "num_inference_steps": WARM_STEPS},
+        options=("--preload",),
+        repeats=scale.repeats,
+    )
+    return SeveralGpus(job, scale, out)
+
+
+class SeveralGpus:
+    """The same job on one GPU and on several, each by a worker of its own that has warmed up."""
+
+    def __init__(self, job: _SharedJob, scale: Scale, out: Path) -> None:
+        self._job = job
         self._scale = scale
-        self._models = models
-        self._out = out
-        self._alone: float | None = None
+        # Where the rows of one worker have compiled already.
+        self._directory = out / "service"
+        self._alone: tuple[float, float, float] | None = None
 
     def measure(self, row: str) -> Measured:
         """How many times as fast."""
         count = _wanted_gpus(row, self._scale)
         if self._alone is None:
-            self._alone = self._scale.alone_seconds or self._seconds(1)
+            self._alone = self._seconds(1)
         together = self._seconds(count)
-        return Measured(ours=self._alone / together, facts={"alone_seconds": self._alone, "together_seconds": together})
-
-    def _seconds(self, count: int) -> float:
-        """From a warm job's start to its end, its upload included."""
-        environ = {"OURVIDZ_WAN_CKPT_DIR": str(self._models.wan())}
-        if count > 1:
-            environ["OURVIDZ_WAN_GPUS"] = str(count)
-        with RunningWorker.opened(self._out / f"gpus-{count}", self._scale, "wan_queue", environ) as worker:
-            worker.start()
-            for done, steps in enumerate((WARM_STEPS, self._scale.steps), start=1):
-                worker.push("video_fast", config={"sample_steps": steps, "frame_num": self._scale.frames})
-                worker.wait_for(done, START_SECONDS)
-            worker.check_gpus(count)
-            return worker.ended() - worker.began(1)
-
-
-class SharedImages:
-    """The same images on one GPU and on several, each by a worker of its own that has warmed up."""
-
-    def __init__(self, scale: Scale, models: Models, out: Path) -> None:
-        self._scale = scale
-        self._environ = {"OURVIDZ_SDXL_MODEL": str(models.sdxl()), "OURVIDZ_SDXL_UNKNOWN_VARIANT": "default"}
-        # Where the rows of one worker have compiled already.
-        self._directory = out / "service"
-
-    def measure(self, row: str) -> Measured:
-        """How many times as fast."""
-        count = _wanted_gpus(row, self._scale)
-        alone, together = self._seconds(1), self._seconds(count)
         names = ("seconds", "generation_seconds", "start_seconds")
         facts = {
             f"{who}_{name}": value
-            for who, values in (("alone", alone), ("together", together))
+            for who, values in (("alone", self._alone), ("together", together))
             for name, value in zip(names, values, strict=True)
         }
-        return Measured(ours=alone[0] / together[0], facts=facts)
+        return Measured(ours=self._alone[0] / together[0], facts=facts)
 
     def _seconds(self, count: int) -> tuple[float, float, float]:
         """The fastest warm job, from its start to its end; what of that was generation; and the worker's start."""
-        environ = {**self._environ, "OURVIDZ_SDXL_GPUS": str(count)}
-        config = {"num_images": self._scale.images, "num_inference_steps": self._scale.steps}
-        with RunningWorker.opened(self._directory, self._scale, "sdxl_queue", environ) as worker:
+        job = self._job
+        environ = {**job.environ, job.setting: str(count)}
+        with RunningWorker.opened(self._directory, self._scale, job.queue, environ) as worker:
             began = time.time()
-            worker.push("sdxl_image_high", config={"num_images": 1, "num_inference_steps": 2})
-            worker.start("--preload")
+            worker.push(job.job_type, config=dict(job.warm_config))
+            worker.start(*job.options)
             worker.wait_for(1, START_SECONDS)
             started = worker.ended() - began
             taken = []
-            for done in range(1, self._scale.repeats + 2):
-                worker.push("sdxl_image_high", config=config)
+            for done in range(1, job.repeats + 1):
+                worker.push(job.job_type, config=dict(job.config))
                 worker.wait_for(done + 1, START_SECONDS)
                 taken.append((worker.ended() - worker.began(done), float(worker.facts()["generation_time"])))
             worker.check_gpus(count)
