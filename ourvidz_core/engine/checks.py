@@ -95,8 +95,6 @@ def _decode_video(path: Path, container_format: str) -> _Seen:
             stream = container.streams.video[0]
             # A damaged frame is otherwise concealed with pieces of its neighbours.
             stream.codec_context.options = {"err_detect": "explode"}
-            # Frames beside each other: one after the other 81 of them keep the callback waiting for 0.4 s.
-            stream.thread_type = "AUTO"
             announced = stream.frames
             width, height = stream.codec_context.width, stream.codec_context.height
             for frame in container.decode(stream):
