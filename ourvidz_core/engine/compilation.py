@@ -11,7 +11,9 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, MutableMapping
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,6 +65,21 @@ def compiled_so_far() -> Compiled:
     utils: Any = sys.modules.get("torch._dynamo.utils")
     times = utils.compilation_time_metrics.get(_COMPILING, []) if utils is not None else []
     return Compiled(functions=len(times), seconds=sum(times))
+
+
+@contextmanager
+def timed_with_compiling(logger: logging.Logger, done: str) -> Iterator[None]:
+    """Log that it was ``done``, how long what happens inside took, and what of that was compiling."""
+    began, before = time.monotonic(), compiled_so_far()
+    yield
+    compiled = compiled_so_far()
+    logger.info(
+        "%s in %.2f s; %d functions were compiled, or found compiled, in %.2f s",
+        done,
+        time.monotonic() - began,
+        compiled.functions - before.functions,
+        compiled.seconds - before.seconds,
+    )
 
 
 def keep_kernels(settings: Settings, environ: MutableMapping[str, str] = os.environ) -> None:

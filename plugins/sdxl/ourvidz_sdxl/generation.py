@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from typing import Any, Self
 from attrs import evolve, frozen
 from torch import Tensor
 
-from ourvidz_core.engine.compilation import compiled_so_far
+from ourvidz_core.engine.compilation import timed_with_compiling
 from ourvidz_core.engine.pictures import write_png
 from ourvidz_core.engine.tiers import Tier
 from ourvidz_core.engine.variants import find_model
@@ -112,7 +111,6 @@ def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
     # The largest first: the graphs of all others find room in the memory of its own.
     counts = part_sizes(IMAGE_COUNTS, settings.gpus) if model.may_be_compiled else (1,)
     for (width, height), count in product(sizes, counts):
-        began, before = time.monotonic(), compiled_so_far()
         logger.info("drawing a step of %d at %dx%d", count, width, height)
         request = ImageRequest(
             prompt="",
@@ -124,16 +122,10 @@ def warm_up_model(context: JobContext, job_types: Sequence[JobType]) -> None:
             guidance_scale=presets[0].guidance_scale,
             solver=presets[0].sample_solver,
         )
-        drawn = warm.draw([request] * settings.gpus, progress=context.progress)
-        for picture in drawn.pictures:
-            picture.image()
-        compiled = compiled_so_far()
-        logger.info(
-            "drew it in %.2f s; %d functions were compiled, or found compiled, in %.2f s",
-            time.monotonic() - began,
-            compiled.functions - before.functions,
-            compiled.seconds - before.seconds,
-        )
+        with timed_with_compiling(logger, "drew it"):
+            drawn = warm.draw([request] * settings.gpus, progress=context.progress)
+            for picture in drawn.pictures:
+                picture.image()
 
 
 def choose_model(settings: SdxlSettings, model_variant: str | None) -> Path:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +146,7 @@ def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
 
     logger.info("importing diffusers and transformers")
     import ourvidz_wan.sampling  # noqa: F401 - likewise
-    from ourvidz_core.engine.compilation import compiled_so_far
+    from ourvidz_core.engine.compilation import timed_with_compiling
     from ourvidz_wan.generate import run
 
     config: WanConfig = job_types[0].preset
@@ -172,16 +171,9 @@ def warm_up_wan(context: JobContext, job_types: Sequence[JobType]) -> None:
         }
         arguments = _checked([f"--{name}={value}" for name, value in options.items()])
         models = _warm(arguments, context)
-        began, before = time.monotonic(), compiled_so_far()
         logger.info("making a step of %d frames at %s, %s tier", frame_num, size, tier.value)
-        run(arguments, models, context.progress)
-        compiled = compiled_so_far()
-        logger.info(
-            "made it in %.2f s; %d functions were compiled, or found compiled, in %.2f s",
-            time.monotonic() - began,
-            compiled.functions - before.functions,
-            compiled.seconds - before.seconds,
-        )
+        with timed_with_compiling(logger, "made it"):
+            run(arguments, models, context.progress)
 
 
 def shapes_to_warm(job_types: Sequence[JobType], device: str, settings: WanSettings) -> list[tuple[str, int, Tier]]:
