@@ -239,6 +239,10 @@ class ModelCache:
             freed = True
         return freed
 
+    def has_made_room_after(self, error: Exception) -> bool:
+        """Whether ``error`` is a lack of memory, and something has left the device for it."""
+        return is_out_of_memory(error) and self.free_others()
+
     def release(self) -> None:
         """Give the device's unused memory back."""
         self._memory.release()
@@ -276,7 +280,7 @@ class ModelCache:
         try:
             return load()
         except Exception as error:
-            if not is_out_of_memory(error) or not self.free_others():
+            if not self.has_made_room_after(error):
                 raise
         # Only here has the exception let go of the tensors in its frames.
         self._memory.release()
@@ -340,7 +344,7 @@ class ModelCache:
         try:
             return weights.to_device()
         except Exception as error:
-            if not is_out_of_memory(error) or not self.free_others():
+            if not self.has_made_room_after(error):
                 raise
         # Only here has the exception let go of the tensors in its frames.
         self._memory.release()
@@ -476,7 +480,7 @@ class _Place:
             try:
                 return function()
             except Exception as error:
-                if not self._may_try_again(error):
+                if not self._cache.has_made_room_after(error):
                     raise
         self._prepare_to_try_again(work)
         with self.use(*parts, work=work):
@@ -494,14 +498,11 @@ class _Place:
                     given += 1
                 return
             except Exception as error:
-                if not self._may_try_again(error):
+                if not self._cache.has_made_room_after(error):
                     raise
         self._prepare_to_try_again(work)
         with self.use(*parts, work=work):
             yield from itertools.islice(function(), given, None)
-
-    def _may_try_again(self, error: Exception) -> bool:
-        return is_out_of_memory(error) and self._cache.free_others()
 
     def _prepare_to_try_again(self, work: Work | None) -> None:
         """Only behind the handler has the exception let go of the tensors in its frames.

@@ -39,6 +39,7 @@ TRIES = 2
 SHARE_OF_TIME = 0.5
 #: What a language model takes of a device beside its weights: the cache and the work of one prompt (GiB).
 WORK_GB = 0.8
+_TOO_LITTLE_MEMORY = "the device has too little memory for the language model"
 _STAGE = "enhance"
 
 
@@ -186,7 +187,7 @@ def _enhanced(
             raise
         # Its memory is what the generation needs now.
         context.models.drop(writer_key(settings))
-        raise _Unenhanced("the device has too little memory for the language model") from None
+        raise _Unenhanced(_TOO_LITTLE_MEMORY) from None
     finally:
         facts["enhancement_seconds"] = round(time.monotonic() - started, 3)
         facts["enhancement_model"] = writer.name
@@ -269,9 +270,9 @@ def _writer(settings: EnhancerSettings, context: JobContext, facts: dict[str, An
     except ModelUnavailable as error:
         raise _Unenhanced(error.message) from None
     except (MemoryError, RuntimeError) as error:
-        if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        if not is_out_of_memory(error) and not isinstance(error, MemoryError):
             raise
-        raise _Unenhanced("the device has too little memory for the language model") from None
+        raise _Unenhanced(_TOO_LITTLE_MEMORY) from None
     if loaded:
         facts["enhancement_load_seconds"] = round(loaded[0], 3)
     return writer
