@@ -263,7 +263,7 @@ class SdxlPipeline:
             work = Work(name="decode", shape=tuple(one.shape[2:]))
             pixels = self._unless_out_of_memory(partial(self.residence.run, decode, work=work))
             if pixels is None:
-                pixels = self._decode(self._as_decoded(one))
+                pixels = decode()  # now that the graphs are gone
             pictures.append(DevicePicture.send(pixels[0], is_finite))
         return pictures
 
